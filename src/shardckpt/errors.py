@@ -1,0 +1,65 @@
+"""Typed errors: every failure of a checkpoint operation is a `ShardckptError` and the fitting builtin.
+
+Layer: bottom; imports nothing from the package.
+"""
+
+
+class ShardckptError(Exception):
+    """Base of every error about a checkpoint; the message says what failed, where, and what to do."""
+
+
+class StateMismatchError(ShardckptError, ValueError):
+    """The saved structure and the target differ; `problems` lists every key, not only the first."""
+
+    def __init__(self, message: str, problems: tuple[str, ...] = ()) -> None:
+        """Keep `problems`, one line per key, beside the joined message."""
+        super().__init__(message)
+        self.problems = problems
+
+
+class UnsupportedStateError(ShardckptError, TypeError):
+    """A value in the state cannot be stored exactly; the message names its path and type."""
+
+
+class PoisonedStateError(ShardckptError, RuntimeError):
+    """The state holds half-loaded data after a failed restore, so saving it is refused."""
+
+
+class StepNotFoundError(ShardckptError, FileNotFoundError):
+    """The step asked for, or any step at all, is not committed in this store."""
+
+
+class StoreNotFoundError(ShardckptError, FileNotFoundError):
+    """There is no checkpoint store at this place."""
+
+
+class CorruptCheckpointError(ShardckptError, ValueError):
+    """Stored bytes do not match their checksum or contradict the manifest."""
+
+
+class FormatError(ShardckptError, ValueError):
+    """Stored bytes are not in a format this version reads (other version, unknown feature, nonsense)."""
+
+
+class StorageError(ShardckptError, OSError):
+    """A storage operation failed; the message holds operation, path and the system's words."""
+
+
+class FencedError(ShardckptError, RuntimeError):
+    """A later job took over this store; this one may no longer save."""
+
+
+class SaveFailedError(ShardckptError, RuntimeError):
+    """The save was not committed; every rank raises the same first error."""
+
+
+class SaveSkipped(ShardckptError, RuntimeError):  # noqa: N818 - an outcome, not a fault.
+    """The coordinator skipped this save on all ranks because the one before was still under way."""
+
+
+class OutcomeUnknownError(ShardckptError, RuntimeError):
+    """The commit log is out of reach, so nobody here can say whether the step was committed."""
+
+
+class DeadlineError(ShardckptError, TimeoutError):
+    """A named wait passed its deadline; the message names who was missing."""

@@ -1,0 +1,1 @@
+"""Integers only: boxes, layouts, byte runs, dtypes. No arrays, no I/O."""

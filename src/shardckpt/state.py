@@ -1,0 +1,105 @@
+"""Framework-neutral state: what a backend tells the engine about a training state.
+
+Layer: state. A state is arrays (leaves), plain values (objects) and values that differ by rank (per_rank).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Final, Literal, TypeAlias
+
+from shardckpt.geometry.array_spec import ArraySpec
+from shardckpt.geometry.box import Box, Shape
+from shardckpt.geometry.layout import MeshLayout
+
+PerRankRule: TypeAlias = Literal["error", "rank0", "drop"]
+"""What a restore on another world size does with per-rank values: raise, give every rank that of rank 0,
+or leave the target as it is."""
+
+PER_RANK_RULES: Final[tuple[PerRankRule, ...]] = ("error", "rank0", "drop")
+
+
+@dataclass(frozen=True, slots=True)
+class HostArray:
+    """Memory of one shard on the host, maybe strided; valid while `owner` is referenced.
+
+    Attributes:
+        address: Address of element 0.
+        shape: Elements per dim.
+        strides_bytes: Bytes from one index to the next, per dim.
+        itemsize_bytes: Bytes of an element.
+        owner: Whatever keeps the memory alive.
+    """
+
+    address: int
+    shape: Shape
+    strides_bytes: tuple[int, ...]
+    itemsize_bytes: int
+    owner: object
+
+    @property
+    def is_contiguous(self) -> bool:
+        """Return whether the elements lie in C order without gaps."""
+        expected = self.itemsize_bytes
+        for size, stride in zip(reversed(self.shape), reversed(self.strides_bytes), strict=True):
+            if size != 1 and stride != expected:
+                return 0 in self.shape
+            expected *= size
+        return True
+
+
+@dataclass(frozen=True, slots=True)
+class Shard:
+    """The part of one array that this rank holds: its box and the framework's handle of the memory.
+
+    `data` is opaque to the core; `Backend.host_array` turns it into a `HostArray`.
+    """
+
+    box: Box
+    data: object
+
+
+@dataclass(frozen=True, slots=True)
+class Leaf:
+    """One array of the state.
+
+    Attributes:
+        key: Path in the state, for example `model/layers.0.weight`.
+        spec: Global shape and dtype.
+        role: Meaning across frameworks (`param`, `buffer`, `adam_m`, `adam_v`, `count`, `other`).
+        layout: Where the shards lie: a mesh layout; None where every rank that has this key holds a
+            whole copy; "boxes" where `shards` are irregular and other ranks hold the rest.
+        shards: What this rank holds; empty boxes left out, no replica twice.
+    """
+
+    key: str
+    spec: ArraySpec
+    role: str
+    layout: MeshLayout | Literal["boxes"] | None
+    shards: tuple[Shard, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class PerRankValue:
+    """A value of this rank alone (tagged JSON) and the rule for another world size."""
+
+    value: object
+    rule: PerRankRule
+
+
+@dataclass(frozen=True, slots=True)
+class StateTree:
+    """A described state.
+
+    Attributes:
+        leaves: Arrays, sorted by key.
+        objects: Values equal on all ranks, by key (tagged JSON values: see format.tagged).
+        per_rank: Values of this rank alone, by key.
+        aliases: Key of a tied array to the key under which its bytes are stored.
+    """
+
+    leaves: tuple[Leaf, ...]
+    objects: Mapping[str, object]
+    per_rank: Mapping[str, PerRankValue]
+    aliases: Mapping[str, str]
