@@ -1,0 +1,1 @@
+"""Which steps are committed: the only reader and writer of the commit log."""
