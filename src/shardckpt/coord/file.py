@@ -1,7 +1,7 @@
 """Coordination through a shared directory, for launchers that have no key-value store.
 
-Layer: coord. Every key is one small object of a storage that is passed in. Values appear whole or not
-at all, because the storage publishes them in one step.
+Layer: coord. Every key is one small object of a storage that is passed in. Values appear whole or
+not at all, because the storage publishes them in one step.
 """
 
 from __future__ import annotations
@@ -44,12 +44,12 @@ class FileCoord:
         """Join a job.
 
         Args:
-            storage: Where the keys go. A `LocalStorage` with `PosixFileOps(flush=False)` is quickest:
-                these keys need not survive a power cut.
+            storage: Where the keys go. A `LocalStorage` with `PosixFileOps(flush=False)` is
+                quickest: these keys need not survive a power cut.
             rank: This rank.
             world_size: Ranks in the job.
-            job: Names this run and no other, the same on every rank: keys of a run before must not be
-                taken for ours.
+            job: Names this run and no other, the same on every rank: keys of a run before must not
+                be taken for ours.
 
         Raises:
             ValueError: `rank` is not below `world_size`, or `job` is empty.
@@ -91,7 +91,7 @@ class FileCoord:
                 return
             self._storage.delete(name)
         raise DeadlineError(
-            f"could not publish {key!r}: other ranks replaced it {_MOST_SET_ATTEMPTS} times meanwhile"
+            f"could not publish {key!r}: others replaced it {_MOST_SET_ATTEMPTS} times meanwhile"
         )
 
     def get(self, key: str) -> bytes | None:

@@ -24,7 +24,7 @@ _ADVICE: Final[dict[int, str]] = {
     errno.EPERM: "Check the owner and permissions of the directory, or name another store.",
     errno.EDQUOT: "Free space within the quota, keep fewer steps, or name another store.",
     errno.EEXIST: "An existing object is never overwritten; remove it, or use another name.",
-    errno.EIO: "The device or its server is failing; what was not acknowledged must be written anew.",
+    errno.EIO: "The device or its server is failing; write anew what was not acknowledged.",
     errno.ELOOP: _NEVER_FOLLOWED,
     errno.EMFILE: "Raise the limit of open files (ulimit -n), or write fewer files at once.",
     errno.ENFILE: "The machine has too many open files; close some programs.",

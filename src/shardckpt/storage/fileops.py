@@ -1,7 +1,8 @@
 """The one table of file operations: every file call of the engine goes through a `FileOps`.
 
-Layer: storage. Recording, fault injection and kill points hook in here (`shardckpt.testing.faults`), so
-nothing else in the package may touch the file system; a test greps for it.
+Layer: storage. Recording, fault injection and kill points hook in here
+(`shardckpt.testing.faults`), so nothing else in the package may touch the file system; a test
+greps for it.
 """
 
 from __future__ import annotations
@@ -17,7 +18,8 @@ from shardckpt import native
 class FileOps(Protocol):
     """File operations by descriptor and by name inside an open directory. Thread-safe.
 
-    A `dir_fd` of None means that `name` is an absolute path. Every method raises `OSError` on failure.
+    A `dir_fd` of None means that `name` is an absolute path. Every method raises `OSError` when it
+    fails.
     """
 
     def open(self, name: str, flags: int, *, dir_fd: int | None, mode: int = 0o600) -> int:
@@ -30,7 +32,7 @@ class FileOps(Protocol):
         """Write all of `nbytes` at `address` to byte `offset`, however many calls it takes."""
 
     def read_at(self, fd: int, address: int, nbytes: int, offset: int) -> int:
-        """Fill `nbytes` at `address` from byte `offset`; return fewer only at the end of the file."""
+        """Fill `nbytes` at `address` from byte `offset`; fewer only at the end of the file."""
 
     def truncate(self, fd: int, nbytes: int) -> None:
         """Make the file `nbytes` long."""
@@ -74,8 +76,8 @@ class PosixFileOps:
         """Choose whether flushes reach the disk.
 
         Args:
-            flush: False turns `fdatasync` and `fsync_dir` into nothing: right for files that no power
-                cut needs to leave behind (keys of a `FileCoord`), wrong for checkpoints.
+            flush: False turns `fdatasync` and `fsync_dir` into nothing: right for files that no
+                power cut needs to leave behind (keys of a `FileCoord`), wrong for checkpoints.
         """
         self._flush: Final = flush
 
@@ -92,7 +94,7 @@ class PosixFileOps:
         native.write_full(fd, address, nbytes, offset)
 
     def read_at(self, fd: int, address: int, nbytes: int, offset: int) -> int:
-        """Fill `nbytes` at `address` from byte `offset`; return fewer only at the end of the file."""
+        """Fill `nbytes` at `address` from byte `offset`; fewer only at the end of the file."""
         return native.read_full(fd, address, nbytes, offset)
 
     def truncate(self, fd: int, nbytes: int) -> None:
@@ -105,7 +107,7 @@ class PosixFileOps:
         Raises:
             OSError: There is no room, or the file system cannot reserve any.
         """
-        # Not os.posix_fallocate: where the file system cannot, libc writes into every block instead.
+        # Not os.posix_fallocate: where the file system cannot, libc writes to every block.
         while _fallocate(fd, 0, 0, nbytes) != 0:
             code = ctypes.get_errno()
             if code != errno.EINTR:

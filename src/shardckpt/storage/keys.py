@@ -20,7 +20,7 @@ def split_key(key: str) -> tuple[str, ...]:
     """Return the components of a key.
 
     Raises:
-        ValueError: A component is empty, begins with a dot, is too long, or holds another character.
+        ValueError: A component is empty, too long, begins with a dot, or has other characters.
     """
     parts = tuple(key.split("/"))
     for part in parts:

@@ -5,21 +5,24 @@ Layer: storage. How an object becomes durable here, in numbered steps:
 `put_if_absent` (small objects, one winner):
     1. Write a temporary with a random name, `.tmp-<128 random bits>`, in the same directory.
     2. Flush it and close it, both checked: the bytes are durable under a name that nobody lists.
-    3. `link` it to the final name. The kernel lets exactly one succeed; EEXIST means another one won,
-       unless the temporary now has two names: then the win was ours and only its answer was lost.
+    3. `link` it to the final name. The kernel lets exactly one succeed; EEXIST means another one
+       won, unless the temporary now has two names: then the win was ours and only its answer was
+       lost.
     4. fsync the directory: the final name is durable. Only now is True returned.
     5. Unlink the temporary.
 
 `create` ... `commit` (large objects, one writer each):
-    1. Create the final name with O_EXCL|O_NOFOLLOW and reserve the space, so a full disk shows at once.
+    1. Create the final name with O_EXCL|O_NOFOLLOW and reserve the space, so a full disk shows at
+       once.
     2. Write: past the page cache where offset, address and size allow it, buffered elsewhere.
-    3. Cut to size, flush once, close every descriptor. Any failure gives the file up; nothing is retried.
+    3. Cut to size, flush once, close every descriptor. Any failure gives the file up; nothing is
+       retried.
     4. fsync the directory.
 
-Directories are made on the way, each one's name made durable in its parent before anything goes inside.
-A process that dies in a put leaves one temporary; the next `delete` in that directory removes it. No clock
-tells a dead writer's temporary from a live one's, and none has to: a put that finds its temporary gone
-starts again at step 1.
+Directories are made on the way, each one's name made durable in its parent before anything goes
+inside. A process that dies in a put leaves one temporary; the next `delete` in that directory
+removes it. No clock tells a dead writer's temporary from a live one's, and none has to: a put that
+finds its temporary gone starts again at step 1.
 """
 
 from __future__ import annotations
@@ -95,7 +98,7 @@ class LocalStorage:
             self._ops.unlink(probe, dir_fd=dir_fd)
 
     def put_if_absent(self, key: str, data: bytes) -> bool:
-        """Create `key` with `data` in one atomic step; return False where it exists. Durable when True.
+        """Create `key` in one atomic step; return False where it exists. Durable when True.
 
         Raises:
             StorageError: The put failed; whether the object exists, only reading it tells.
@@ -107,8 +110,8 @@ class LocalStorage:
                 with suppress(_TemporaryGoneError):
                     return self._put_once(dir_fd, name, data)
         raise StorageError(
-            f"cannot put {path}: its temporary was removed {_MOST_PUT_ATTEMPTS} times by deletes beside "
-            "it; find out who keeps deleting in this directory, then try again"
+            f"cannot put {path}: its temporary was removed {_MOST_PUT_ATTEMPTS} times by deletes "
+            "beside it; find out who keeps deleting in this directory, then try again"
         )
 
     def create(self, key: str, nbytes: int) -> LocalWriter:
@@ -139,15 +142,15 @@ class LocalStorage:
 
         Raises:
             FileNotFoundError: There is no such key.
-            StorageError: The read failed, it is not a regular file, or it is larger than `max_bytes`.
+            StorageError: The read failed, or it is no regular file or exceeds `max_bytes`.
         """
         path = self._path(key)
         fd, nbytes = self._open_existing(key)
         try:
             if nbytes > max_bytes:
                 raise StorageError(
-                    f"cannot read {path}: it has {nbytes} bytes, at most {max_bytes} are allowed here. "
-                    "It is damaged or not what its name says; verify the checkpoint."
+                    f"cannot read {path}: it has {nbytes} bytes, at most {max_bytes} are allowed "
+                    "here. It is damaged or not what its name says; verify the checkpoint."
                 )
             buffer = ctypes.create_string_buffer(max(nbytes, 1))
             read_exactly(self._ops, path, fd, 0, ctypes.addressof(buffer), nbytes)
@@ -166,7 +169,7 @@ class LocalStorage:
         return LocalReader(self._ops, self._path(key), fd=fd, nbytes=nbytes)
 
     def list(self, prefix: str) -> Sequence[str]:
-        """Return the names directly below `prefix`, sorted; names that no key can have are left out.
+        """Return the names directly below `prefix`, sorted; those no key can have are left out.
 
         Raises:
             StorageError: The listing failed.
@@ -286,7 +289,7 @@ class LocalStorage:
                 os.path.join(self._root, "...", name),
                 error,
                 "The file system refuses hard links, without which no put has exactly one winner; "
-                "put the store on a file system that has them (ext4, XFS, btrfs, NFS, Lustre, GPFS).",
+                "put the store on one that has them (ext4, XFS, btrfs, NFS, Lustre, GPFS).",
             ) from error
         return True
 

@@ -1,7 +1,7 @@
-"""Walk the directories of a local store by descriptor, so that no symbolic link below the root is followed.
+"""Walk a local store by descriptors, so that no symbolic link below the root is followed.
 
-Layer: storage. A path is resolved one component at a time with O_DIRECTORY|O_NOFOLLOW; a link planted by
-somebody else, before or during the walk, is an error and never a way out of the store.
+Layer: storage. A path is resolved one component at a time with O_DIRECTORY|O_NOFOLLOW; a link
+planted by somebody else, before or during the walk, is an error and never a way out of the store.
 """
 
 from __future__ import annotations
@@ -57,6 +57,9 @@ class Directories:
     def opened(self, parts: Sequence[str]) -> Iterator[int]:
         """Give the descriptor of an existing directory for the time of the block.
 
+        Yields:
+            The descriptor.
+
         Raises:
             OSError: It does not exist (FileNotFoundError), or a component is not a directory.
         """
@@ -66,6 +69,9 @@ class Directories:
     @contextmanager
     def made(self, parts: Sequence[str]) -> Iterator[int]:
         """Give the descriptor of a directory, made where missing, all names down to it durable.
+
+        Yields:
+            The descriptor.
 
         Raises:
             OSError: It cannot be made, or a component is not a directory.
@@ -158,14 +164,16 @@ class Directories:
         """Remove `name`, whatever it is, and what is below it."""
         try:
             self._ops.unlink(name, dir_fd=fd)
-            return
         except FileNotFoundError:
             return
-        except (IsADirectoryError, PermissionError) as error:
-            refusal = error
+        except (IsADirectoryError, PermissionError) as refusal:
+            self._remove_dir(fd, name, refusal, depth=depth)
+
+    def _remove_dir(self, fd: int, name: str, refusal: OSError, *, depth: int) -> None:
+        """Remove a directory; where `name` is none after all, raise why it was not unlinked."""
         try:
-            # Before going down: the kernel answers EBUSY for a mount point, bind mounts included, and
-            # ENOTEMPTY only for a directory of this very file system.
+            # Before going down: the kernel answers EBUSY for a mount point, bind mounts included,
+            # and ENOTEMPTY only for a directory of this very file system.
             self._ops.rmdir(name, dir_fd=fd)
         except FileNotFoundError:
             return

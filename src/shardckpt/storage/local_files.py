@@ -1,7 +1,7 @@
 """Files of a local store while they are written or read.
 
-Layer: storage. Several threads write one file at once; giving it up never closes a descriptor under a
-running call, because the last call out does the closing.
+Layer: storage. Several threads write one file at once; giving it up never closes a descriptor
+under a running call, because the last call out does the closing.
 """
 
 from __future__ import annotations
@@ -51,16 +51,7 @@ def open_regular(ops: FileOps, name: str, *, dir_fd: int) -> tuple[int, int]:
     fd = ops.open(name, _READ_FLAGS, dir_fd=dir_fd)
     try:
         status = ops.stat_fd(fd)
-        if not stat.S_ISREG(status.st_mode):
-            raise StorageError(
-                f"{name} is not a regular file (mode {status.st_mode:o}), so it is not opened; "
-                "nothing of this kind belongs into a store: look who put it there and remove it"
-            )
-        if status.st_nlink > 1 and status.st_uid not in {os.geteuid(), ops.stat_fd(dir_fd).st_uid}:
-            raise StorageError(
-                f"{name} has {status.st_nlink} names and belongs to user {status.st_uid}, neither us nor "
-                "the owner of its directory, so it is not opened; look who linked it and remove it"
-            )
+        _check_regular(name, status, ops.stat_fd(dir_fd))
     except BaseException:
         ops.close(fd)
         raise
@@ -114,10 +105,10 @@ class _Calls:
 
 @final
 class LocalWriter:
-    """One new file, under its final name but meaningless until `commit` returned. Thread-safe writes."""
+    """One new file, under its final name but meaningless until `commit` returned."""
 
     def __init__(self, ops: FileOps, path: str, name: str, *, dir_fd: int, fd: int) -> None:
-        """Take over `dir_fd` and `fd`, which `create_file` made as `name`; `path` is for messages."""
+        """Take over `dir_fd` and `fd`, made by `create_file` as `name`; `path` is for messages."""
         self._ops: Final = ops
         self._path: Final = path
         self._name: Final = name
@@ -149,7 +140,7 @@ class LocalWriter:
                 self._open_direct()
 
     def write(self, offset: int, address: int, nbytes: int) -> None:
-        """Write `nbytes` of memory at `address` to byte `offset`; safe to call from several threads.
+        """Write `nbytes` at `address` to byte `offset`; safe to call from several threads.
 
         Raises:
             StorageError: The write failed, now or before; the file must be given up.
@@ -164,7 +155,7 @@ class LocalWriter:
                 raise
 
     def commit(self, nbytes: int) -> None:
-        """Cut the file to `nbytes` and make it durable, name included. Never retried after a failure.
+        """Cut the file to `nbytes` and make it durable, name included; never retried.
 
         Raises:
             StorageError: A flush or close failed, or an earlier write had; the file is given up.
@@ -172,10 +163,7 @@ class LocalWriter:
         try:
             with self._calls.inside("commit", self._path):
                 self._check_unharmed("commit")
-                if self._calls.end() > 1:
-                    raise StorageError(
-                        f"cannot commit {self._path}: writes are still running; wait for them first"
-                    )
+                self._check_alone(self._calls.end())
                 with storage_errors("make durable", self._path):
                     self._flush(nbytes)
         except BaseException as error:
@@ -206,8 +194,15 @@ class LocalWriter:
                 f"({self._failure}); write it anew under another name"
             ) from self._failure
 
+    def _check_alone(self, num_inside: int) -> None:
+        if num_inside > 1:
+            raise StorageError(
+                f"cannot commit {self._path}: {num_inside - 1} writes are still running; wait for "
+                "them first"
+            )
+
     def _open_direct(self) -> None:
-        """Open a second descriptor for O_DIRECT; where that is refused, everything goes buffered."""
+        """Open a second descriptor for O_DIRECT; where refused, everything goes buffered."""
         flags = _WRITE_FLAGS | os.O_DIRECT
         try:
             fd = self._ops.open(self._name, flags, dir_fd=self._dir_fd)
@@ -219,7 +214,8 @@ class LocalWriter:
         ours, opened = self._ops.stat_fd(self._fd), self._ops.stat_fd(fd)
         if (ours.st_dev, ours.st_ino) != (opened.st_dev, opened.st_ino):
             raise StorageError(
-                f"{self._path} was replaced while it was being created; look who writes into this store"
+                f"{self._path} was replaced while it was being created; look who writes into "
+                "this store"
             )
         self._direct_fd = fd
 
@@ -253,7 +249,7 @@ class LocalWriter:
             self._ops.write_at(self._fd, address + start, size, offset + start)
 
     def _give_up(self) -> None:
-        """Close everything and remove an uncommitted file; failures change nothing and are logged."""
+        """Close everything and remove an uncommitted file; failures are only logged."""
         try:
             while self._fds:
                 fd = self._fds.pop()
@@ -288,7 +284,7 @@ class LocalReader:
         return self._nbytes
 
     def read_into(self, offset: int, address: int, nbytes: int) -> None:
-        """Fill `nbytes` of memory at `address` from byte `offset`; safe to call from several threads.
+        """Fill `nbytes` at `address` from byte `offset`; safe to call from several threads.
 
         Raises:
             StorageError: The read failed or the file ended early.
@@ -319,8 +315,22 @@ def read_exactly(ops: FileOps, path: str, fd: int, offset: int, address: int, nb
         raise storage_error(f"read bytes {offset} to {offset + nbytes} of", path, error) from error
     if got != nbytes:
         raise StorageError(
-            f"cannot read bytes {offset} to {offset + nbytes} of {path}: it ends at byte {offset + got}, "
-            f"{nbytes - got} bytes short. The file was cut; verify the checkpoint or restore another step."
+            f"cannot read bytes {offset} to {offset + nbytes} of {path}: it ends at byte "
+            f"{offset + got}, {nbytes - got} bytes short. The file was cut; verify the checkpoint "
+            "or restore another step."
+        )
+
+
+def _check_regular(name: str, status: os.stat_result, directory: os.stat_result) -> None:
+    if not stat.S_ISREG(status.st_mode):
+        raise StorageError(
+            f"{name} is not a regular file (mode {status.st_mode:o}), so it is not opened; "
+            "nothing of this kind belongs into a store: look who put it there and remove it"
+        )
+    if status.st_nlink > 1 and status.st_uid not in {os.geteuid(), directory.st_uid}:
+        raise StorageError(
+            f"{name} has {status.st_nlink} names and belongs to user {status.st_uid}, neither us "
+            "nor the owner of its directory, so it is not opened; look who linked it and remove it"
         )
 
 

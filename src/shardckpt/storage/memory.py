@@ -73,8 +73,8 @@ class MemoryStorage:
         data = self._existing(key)
         if len(data) > max_bytes:
             raise StorageError(
-                f"cannot read {key} in {self.url}: it has {len(data)} bytes, at most {max_bytes} are "
-                "allowed here"
+                f"cannot read {key} in {self.url}: it has {len(data)} bytes, at most {max_bytes} "
+                "are allowed here"
             )
         return data
 
