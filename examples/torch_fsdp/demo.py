@@ -93,8 +93,7 @@ class Job:
 def main() -> int:
     """Run the demo; return the exit status."""
     started_s = time.monotonic()
-    shutil.rmtree(OUTPUT, ignore_errors=True)
-    OUTPUT.mkdir(parents=True)
+    clean_output()
     try:
         phases = run_phases()
     except DemoError as error:
@@ -113,6 +112,15 @@ def main() -> int:
         return 1
     print(f"\nThe demo held: every loss after every interruption is right ({seconds:.0f} s).")
     return 0
+
+
+def clean_output() -> None:
+    """Remove what an earlier demo left, and nothing else."""
+    OUTPUT.mkdir(exist_ok=True)
+    (OUTPUT / ".gitignore").write_text("*\n")
+    shutil.rmtree(STORE, ignore_errors=True)
+    for path in (*OUTPUT.glob("*.log"), *OUTPUT.glob("*.jsonl"), *OUTPUT.glob("loss.png")):
+        path.unlink()
 
 
 def run_phases() -> list[Phase]:
