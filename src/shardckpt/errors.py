@@ -53,13 +53,20 @@ class SaveFailedError(ShardckptError, RuntimeError):
     """The save was not committed; every rank raises the same first error."""
 
 
-class SaveSkipped(ShardckptError, RuntimeError):  # noqa: N818 - an outcome, not a fault.
-    """The coordinator skipped this save on all ranks because the one before was still under way."""
-
-
 class OutcomeUnknownError(ShardckptError, RuntimeError):
     """The commit log is out of reach, so nobody here can say whether the step was committed."""
 
 
 class DeadlineError(ShardckptError, TimeoutError):
     """A named wait passed its deadline; the message names who was missing."""
+
+
+def error_named(kind: str, message: str) -> ShardckptError:
+    """Return the error of class `kind` with `message`; an unknown name gives a SaveFailedError.
+
+    Used where an error has travelled from another rank.
+    """
+    found = globals().get(kind)
+    if isinstance(found, type) and issubclass(found, ShardckptError):
+        return found(message)
+    return SaveFailedError(f"{kind}: {message}" if kind else message)

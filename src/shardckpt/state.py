@@ -81,6 +81,28 @@ class Leaf:
 
 
 @dataclass(frozen=True, slots=True)
+class PerRank:
+    """Marks a value or stateful object of the user's state as belonging to one rank each.
+
+    Attributes:
+        value: A plain value, or an object with `state_dict` and `load_state_dict`.
+        rule: What a restore on another world size does: "error", "rank0" or "drop".
+    """
+
+    value: object
+    rule: PerRankRule = "error"
+
+    def __post_init__(self) -> None:
+        """Refuse an unknown rule.
+
+        Raises:
+            ValueError: The rule is not one of the three.
+        """
+        if self.rule not in PER_RANK_RULES:
+            raise ValueError(f"PerRank rule is {self.rule!r}; use one of {', '.join(PER_RANK_RULES)}")
+
+
+@dataclass(frozen=True, slots=True)
 class PerRankValue:
     """A value of this rank alone (tagged JSON) and the rule for another world size."""
 

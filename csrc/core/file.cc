@@ -1,0 +1,103 @@
+#include "core/file.h"
+
+#include <poll.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <cerrno>
+#include <cstring>
+#include <string>
+
+namespace shardckpt {
+namespace {
+
+// Linux moves at most 0x7ffff000 bytes in one call; a smaller round number keeps offsets aligned.
+constexpr size_t kMaxCallBytes = size_t{1} << 30;
+
+void PollReady(int fd, int timeout_ms) {
+  pollfd entry{fd, POLLIN | POLLOUT, 0};
+  poll(&entry, 1, timeout_ms);
+}
+
+Status Failure(const char* operation, int system_errno, int fd, size_t size_bytes,
+               int64_t offset_bytes, size_t done_bytes) {
+  return Status::Io(system_errno, std::string(operation) + " of " + std::to_string(size_bytes) +
+                                      " bytes at offset " + std::to_string(offset_bytes) +
+                                      " of fd " + std::to_string(fd) + " failed after " +
+                                      std::to_string(done_bytes) +
+                                      " bytes: " + std::strerror(system_errno));
+}
+
+Status CheckRange(const char* operation, const void* data, size_t size_bytes,
+                  int64_t offset_bytes) {
+  int64_t end = 0;
+  if (offset_bytes < 0 || __builtin_add_overflow(offset_bytes, size_bytes, &end) ||
+      (data == nullptr && size_bytes > 0)) {
+    return Status::Invalid(std::string(operation) + ": " + std::to_string(size_bytes) +
+                           " bytes at offset " + std::to_string(offset_bytes) +
+                           (data == nullptr ? " of null memory" : "") +
+                           " is no range of a file; pass an offset >= 0 and memory that exists.");
+  }
+  return Status::Ok();
+}
+
+// Calls transfer(done_bytes, size_bytes) until all is done, it returns 0, or it fails.
+template <typename Transfer>
+int TransferAll(const FileOps& ops, int fd, size_t size_bytes, size_t* done_bytes,
+                Transfer transfer) {
+  int num_stalls = 0;
+  while (*done_bytes < size_bytes) {
+    const ssize_t result = transfer(*done_bytes, std::min(size_bytes - *done_bytes, kMaxCallBytes));
+    if (result > 0) {
+      *done_bytes += static_cast<size_t>(result);
+      num_stalls = 0;
+      continue;
+    }
+    if (result == 0) break;
+    const int error = errno;
+    const bool is_busy = error == EAGAIN || error == EWOULDBLOCK;
+    if ((error != EINTR && !is_busy) || ++num_stalls >= kMaxStalls) return error;
+    if (is_busy) ops.wait_ready(fd, kStallTimeoutMs);
+  }
+  return 0;
+}
+
+}  // namespace
+
+const FileOps& SystemFileOps() {
+  static constexpr FileOps kOps{::pwrite, ::pread, PollReady};
+  return kOps;
+}
+
+Status WriteFull(const FileOps& ops, int fd, const void* data, size_t size_bytes,
+                 int64_t offset_bytes) {
+  if (Status status = CheckRange("write_full", data, size_bytes, offset_bytes); !status.ok()) {
+    return status;
+  }
+  const auto* bytes = static_cast<const uint8_t*>(data);
+  size_t done = 0;
+  int error = TransferAll(ops, fd, size_bytes, &done, [&](size_t start, size_t size) {
+    return ops.pwrite(fd, bytes + start, size, offset_bytes + static_cast<int64_t>(start));
+  });
+  // A write that takes nothing and names no reason would be tried for ever.
+  if (error == 0 && done < size_bytes) error = EIO;
+  if (error != 0) return Failure("write_full", error, fd, size_bytes, offset_bytes, done);
+  return Status::Ok();
+}
+
+Status ReadFull(const FileOps& ops, int fd, void* data, size_t size_bytes, int64_t offset_bytes,
+                size_t* num_read_bytes) {
+  if (Status status = CheckRange("read_full", data, size_bytes, offset_bytes); !status.ok()) {
+    return status;
+  }
+  auto* bytes = static_cast<uint8_t*>(data);
+  size_t done = 0;
+  const int error = TransferAll(ops, fd, size_bytes, &done, [&](size_t start, size_t size) {
+    return ops.pread(fd, bytes + start, size, offset_bytes + static_cast<int64_t>(start));
+  });
+  if (error != 0) return Failure("read_full", error, fd, size_bytes, offset_bytes, done);
+  *num_read_bytes = done;
+  return Status::Ok();
+}
+
+}  // namespace shardckpt

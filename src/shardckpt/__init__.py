@@ -1,0 +1,44 @@
+"""shardckpt: sharded checkpoints of distributed training, saved in the background, loaded into any layout."""
+
+import logging
+
+from shardckpt.errors import (
+    CorruptCheckpointError,
+    DeadlineError,
+    FencedError,
+    FormatError,
+    OutcomeUnknownError,
+    PoisonedStateError,
+    SaveFailedError,
+    ShardckptError,
+    StateMismatchError,
+    StepNotFoundError,
+    StorageError,
+    StoreNotFoundError,
+    UnsupportedStateError,
+)
+from shardckpt.options import Best, Every, Retention
+from shardckpt.state import PerRank
+
+__version__ = "0.1.0.dev0"
+__all__ = [
+    "Best",
+    "CorruptCheckpointError",
+    "DeadlineError",
+    "Every",
+    "FencedError",
+    "FormatError",
+    "OutcomeUnknownError",
+    "PerRank",
+    "PoisonedStateError",
+    "Retention",
+    "SaveFailedError",
+    "ShardckptError",
+    "StateMismatchError",
+    "StepNotFoundError",
+    "StorageError",
+    "StoreNotFoundError",
+    "UnsupportedStateError",
+]
+
+logging.getLogger("shardckpt").addHandler(logging.NullHandler())

@@ -1,0 +1,526 @@
+"""The one place that knows the order of both pipelines: open, restore, save, close.
+
+Layer: above save, load, catalog and retention; below the framework fronts, which add nothing but types.
+
+Opening: the coordinator takes the store's next epoch, then announces it. Restoring: the coordinator chooses an
+entry, leases it, reads the log again, announces {attempt, manifest digest, step}; every rank opens exactly that; the
+lease ends when all have read. Saving: see `save.saver`.
+"""
+
+from __future__ import annotations
+
+import getpass
+import logging
+import os
+import platform
+import socket
+import subprocess
+import threading
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any, Final
+
+import msgspec
+
+from shardckpt.backend import Backend
+from shardckpt.catalog.log import Writer
+from shardckpt.catalog.store import LEASE_TTL_S, Catalog, Lease
+from shardckpt.coord.base import Coord
+from shardckpt.coord.session import Round, RoundFailedError
+from shardckpt.errors import (
+    CorruptCheckpointError,
+    PoisonedStateError,
+    ShardckptError,
+    StepNotFoundError,
+    error_named,
+)
+from shardckpt.format.root import Entry, Root
+from shardckpt.format.tagged import decode, encode
+from shardckpt.load.loader import LoadOptions, LoadStats, PoisonError, describe_differences, load_state
+from shardckpt.load.open import OpenCheckpoint
+from shardckpt.options import Every, Retention
+from shardckpt.retention import to_drop
+from shardckpt.save.commit import Described
+from shardckpt.save.saver import OnBusy, SaveHandle, Saver
+from shardckpt.schedule import Schedule
+from shardckpt.storage.base import Storage
+
+DEFAULT_TIMEOUT_S: Final = 600.0
+_EXIT_AFTER_ERROR_S: Final = 30.0
+_GRACE: Final = 1.1
+_logger = logging.getLogger("shardckpt")
+
+
+@dataclass(frozen=True, slots=True)
+class Restored:
+    """What a restore gave.
+
+    Attributes:
+        step: The step restored.
+        state: The state, filled in place for torch.
+        world_size: Ranks that had saved it.
+        metrics: Figures saved with it.
+        config: The training configuration saved with it.
+        differences: One line per fact of the environment or configuration that differs now.
+        stats: Bytes read and needed by this rank.
+    """
+
+    step: int
+    state: Any
+    world_size: int
+    metrics: Mapping[str, float]
+    config: Any
+    differences: tuple[str, ...]
+    stats: LoadStats
+
+
+class _Opened(msgspec.Struct, frozen=True):
+    epoch: int
+    owner: str
+    name: str
+    store_id: str
+
+
+class _Chosen(msgspec.Struct, frozen=True):
+    attempt: str
+    manifest: str
+    step: int
+    is_empty: bool
+
+
+class CheckpointerCore:
+    """Saves to and restores from one store, for the ranks of one job.
+
+    One thread per rank calls it. Every method marked "all ranks" must be called by all of them in the same order.
+    """
+
+    def __init__(
+        self,
+        storage: Storage,
+        backend: Backend,
+        coord: Coord,
+        *,
+        save_every: Every | None,
+        retention: Retention,
+        config: Any,
+        timeout_s: float,
+        on_busy: OnBusy,
+        environment: Mapping[str, str],
+        namespace: str,
+    ) -> None:
+        """Take the store's epoch; all ranks. A job that was writing here is fenced from now on.
+
+        Args:
+            storage: The store.
+            backend: The framework.
+            coord: The job's key-value store; closed with the checkpointer.
+            save_every: When `should_save` says yes.
+            retention: Which steps stay.
+            config: Plain values saved beside the state.
+            timeout_s: Deadline of every wait.
+            on_busy: What a save does that finds the one before under way.
+            environment: Versions and the like, saved beside the state.
+            namespace: Prefix of this job's keys, equal on all ranks, never used before.
+
+        Raises:
+            StorageError: The store cannot be made or written.
+            FencedError: Another job took over at the same moment.
+            FormatError: The store is of another version.
+        """
+        self._storage = storage
+        self._backend = backend
+        self._coord = coord
+        self._timeout_s = timeout_s
+        self._environment = dict(environment)
+        self._config = encode(config, "config")
+        self._poison: str | None = None
+        self._restores = 0
+        self._before: Round | None = None
+        self._catalog = Catalog(storage, writer=_writer_name())
+        self._namespace = namespace
+        opened = self._open()
+        self._writer = Writer(opened.epoch, opened.owner, opened.name)
+        prefix = f"{namespace}/{opened.owner[:16]}"
+        self._prefix = prefix
+        described = Described(
+            backend.name, opened.store_id, msgspec.Raw(msgspec.json.encode(self._config)), self._environment
+        )
+        self._saver: Saver | None = Saver(
+            backend, self._catalog, self._writer, coord, described,
+            prefix=prefix, timeout_s=timeout_s, on_busy=on_busy, to_drop=lambda root: to_drop(root, retention),
+        )  # fmt: skip
+        self._schedule = Schedule(save_every, coord, prefix=prefix, timeout_s=timeout_s)
+        self._has_restored = False
+
+    def should_save(self, step: int) -> bool:
+        """Return whether to save at this step; the same on all ranks."""
+        return self._schedule.should_save(step)
+
+    def save(self, step: int, state: Any, *, metrics: Mapping[str, float] | None = None) -> SaveHandle:
+        """Stage the state and return; the rest happens in the background. All ranks.
+
+        Args:
+            step: Training step; saving a step again replaces it once the new one is committed.
+            state: What to save.
+            metrics: Figures for keep-best, from the coordinator.
+
+        Raises:
+            ValueError: A negative step or a metric that is no number.
+            PoisonedStateError: The last restore failed half-way.
+            ShardckptError: An earlier save failed.
+        """
+        saver = self._open_saver()
+        if not isinstance(step, int) or step < 0:
+            raise ValueError(f"step is {step!r}; use an int from 0")
+        figures = {str(k): float(v) for k, v in (metrics or {}).items()}
+        if self._poison is not None:
+            raise PoisonedStateError(
+                f"step {step} is not saved: the last restore failed half-way ({self._poison}), so the state is a "
+                "mixture. Restore again, or start from fresh objects."
+            )
+        self._schedule.saved()
+        return saver.save(step, state, figures)
+
+    def restore(self, state: Any, *, step: int | None = None, options: LoadOptions, fallback: bool) -> Restored | None:
+        """Fill `state` from the newest or the given step; all ranks. None where nothing was ever committed.
+
+        Args:
+            state: What to fill.
+            step: A committed step; another than the newest starts a branch.
+            options: How to load.
+            fallback: Where the newest is damaged, take the one before instead of raising.
+
+        Raises:
+            StepNotFoundError: That step, or any step of a branch that had some, is not there.
+            StateMismatchError: It does not fit; nothing was changed.
+            CorruptCheckpointError: It is damaged; names the newest other step.
+        """
+        saver = self._open_saver()
+        saver.finish_last()
+        skip: list[str] = []
+        while True:
+            round_ = self._round("restore", self._restores)
+            self._restores += 1
+            try:
+                chosen, lease = self._choose(round_, step, skip)
+                if chosen.is_empty:
+                    return None
+                restored = self._load(round_, chosen, lease, state, options)
+            except CorruptCheckpointError as error:
+                if step is not None or not fallback or self._poison is not None:
+                    raise self._with_alternative(error, skip) from error
+                _logger.warning("falling back to an older step: %s", error)
+                skip.append(chosen.attempt)
+                continue
+            self._forget_before(round_)
+            saver.ancestry[:] = self._ancestry(chosen.attempt)
+            self._has_restored = True
+            return restored
+
+    def steps(self) -> list[int]:
+        """Return the committed steps of the current branch, oldest first."""
+        return [e.step for e in self._catalog.newest().current]
+
+    def latest(self) -> int | None:
+        """Return the newest committed step of the current branch."""
+        entry = self._catalog.newest().latest
+        return None if entry is None else entry.step
+
+    def pin(self, step: int, *, pinned: bool = True) -> None:
+        """Keep a step out of retention, or give it back.
+
+        Raises:
+            StepNotFoundError: It is not committed.
+        """
+        self._catalog.pin(self._catalog.find(self._catalog.newest(), step).attempt, pinned=pinned)
+
+    def wait_staged(self) -> None:
+        """Return once the caller may change its arrays: at once, since `save` stages before it returns."""
+
+    def wait(self) -> None:
+        """Wait for the save under way and raise its failure, alike on all ranks.
+
+        Raises:
+            ShardckptError: It failed.
+        """
+        self._open_saver().finish_last()
+
+    def close(self, timeout_s: float | None = None) -> None:
+        """Wait for the save under way, raise its failure, release everything. All ranks.
+
+        Raises:
+            ShardckptError: The last save failed.
+        """
+        saver, self._saver = self._saver, None
+        if saver is None:
+            return
+        try:
+            saver.close(timeout_s)
+        finally:
+            self._coord.close()
+
+    def leave(self, error: BaseException | None) -> None:
+        """Close at the end of a `with` block; after an error of the block a failure is only logged."""
+        if error is None:
+            self.close()
+            return
+        try:
+            self.close(min(_EXIT_AFTER_ERROR_S, self._timeout_s))
+        except ShardckptError as failure:
+            _logger.error("while leaving after %s: %s", type(error).__name__, failure)
+
+    def _open_saver(self) -> Saver:
+        if self._saver is None:
+            raise ValueError("this checkpointer is closed")
+        return self._saver
+
+    def _round(self, kind: str, number: int) -> Round:
+        return Round(self._coord, f"{self._prefix}/{kind}/{number}", f"{kind} {number}", self._timeout_s)
+
+    def _forget_before(self, round_: Round) -> None:
+        # All ranks came through this round, so nobody reads the one before any more.
+        if self._before is not None and self._coord.rank == 0:
+            self._before.forget()
+        self._before = round_
+
+    def _open(self) -> _Opened:
+        round_ = Round(
+            self._coord, f"{self._namespace}/open", f"opening {self._storage.url}", self._timeout_s
+        )
+        try:
+            if self._coord.rank != 0:
+                return round_.wait("opened", _Opened, what="the coordinator (rank 0)", grace=_GRACE)
+            root = self._catalog.create()
+            writer, root = self._catalog.take_over()
+            opened = _Opened(writer.epoch, writer.owner, writer.name, root.store_id)
+            round_.publish("opened", opened)
+            return opened
+        except RoundFailedError as failed:
+            raise error_named(failed.failure.kind, f"rank 0: {failed.failure.message}") from None
+        except Exception as error:
+            round_.fail(error)
+            raise
+
+    def _choose(self, round_: Round, step: int | None, skip: list[str]) -> tuple[_Chosen, Lease | None]:
+        try:
+            if self._coord.rank != 0:
+                chosen = round_.wait("chosen", _Chosen, what="the coordinator's call of restore()", grace=_GRACE)
+                return chosen, None
+            chosen, lease = choose(self._catalog, step, skip)
+            round_.publish("chosen", chosen)
+            return chosen, lease
+        except RoundFailedError as failed:
+            raise error_named(failed.failure.kind, f"rank 0: {failed.failure.message}") from None
+        except Exception as error:
+            round_.fail(error)
+            raise
+
+    def _load(
+        self, round_: Round, chosen: _Chosen, lease: Lease | None, state: Any, options: LoadOptions
+    ) -> Restored:
+        started = time.monotonic()
+        checkpoint: OpenCheckpoint | None = None
+        with _Renewing(lease):
+            try:
+                try:
+                    checkpoint = OpenCheckpoint(self._storage, chosen.attempt, chosen.manifest)
+                except Exception as error:
+                    round_.fail(error)
+                    raise
+                stats = load_state(self._backend, state, checkpoint, round_, options)
+            except PoisonError as failed:
+                self._poison = str(failed.error)
+                if isinstance(failed.error, ShardckptError):
+                    raise failed.error from None
+                raise
+            finally:
+                if checkpoint is not None:
+                    checkpoint.close()
+        self._poison = None
+        entry = self._entry(chosen.attempt)
+        restored = restored_from(checkpoint, entry, state, stats, self._environment, self._config)
+        if self._coord.rank == 0:
+            _logger.info(
+                "step %d: restored in %.2f s, saved on %d ranks, now %d",
+                chosen.step, time.monotonic() - started, restored.world_size, self._coord.world_size,
+            )  # fmt: skip
+            for line in restored.differences:
+                _logger.info("since step %d was saved, %s", chosen.step, line)
+        return restored
+
+    def _entry(self, attempt: str) -> Entry | None:
+        return self._catalog.newest().entry(attempt)
+
+    def _ancestry(self, attempt: str) -> list[str]:
+        return ancestry_of(self._catalog.newest(), attempt)
+
+    def _with_alternative(self, error: CorruptCheckpointError, skip: list[str]) -> CorruptCheckpointError:
+        try:
+            others = [e.step for e in reversed(self._catalog.newest().current) if e.attempt not in skip][1:]
+        except ShardckptError:
+            others = []
+        hint = (
+            f" The newest other step is {others[0]}: restore(step={others[0]}), or fallback=True to take it."
+            if others
+            else " There is no other step."
+        )
+        return CorruptCheckpointError(str(error) + hint)
+
+
+def choose(catalog: Catalog, step: int | None, skip: list[str]) -> tuple[_Chosen, Lease | None]:
+    """Choose an entry, lease it, and see that it is still live.
+
+    Raises:
+        StepNotFoundError: There is none, though there was one.
+    """
+    while True:
+        root = catalog.newest()
+        if step is None and not root.live and not root.ever:
+            return _Chosen("", "", -1, is_empty=True), None
+        visible = msgspec.structs.replace(root, live=[e for e in root.live if e.attempt not in skip])
+        entry = catalog.find(visible, step)
+        lease = catalog.lease(entry.attempt)
+        if catalog.newest().entry(entry.attempt) is not None:
+            return _Chosen(entry.attempt, entry.manifest, entry.step, is_empty=False), lease
+        if lease is not None:
+            lease.release()
+
+
+def restored_from(
+    checkpoint: OpenCheckpoint,
+    entry: Entry | None,
+    state: Any,
+    stats: LoadStats,
+    environment: Mapping[str, str],
+    config: object,
+) -> Restored:
+    """Return the report of a restore."""
+    manifest = checkpoint.manifest
+    saved_config = msgspec.json.decode(manifest.config)
+    differences = list(describe_differences(manifest.environment, environment))
+    if isinstance(saved_config, dict) and isinstance(config, dict):
+        before = {f"config {k}": repr(v) for k, v in saved_config.items()}
+        now = {f"config {k}": repr(v) for k, v in config.items()}
+        differences += describe_differences(before, now)
+    metrics = {} if entry is None else entry.metrics
+    return Restored(
+        manifest.step, state, manifest.world_size, metrics, decode(saved_config), tuple(differences), stats
+    )
+
+
+def ancestry_of(root: Root, attempt: str) -> list[str]:
+    """Return the live ancestors of an attempt and itself, oldest first."""
+    parents = {e.attempt: e.parent for e in root.live}
+    line: list[str] = []
+    while attempt and attempt not in line:
+        line.append(attempt)
+        attempt = parents.get(attempt, "")
+    return line[::-1]
+
+
+def load_once(
+    storage: Storage,
+    backend: Backend,
+    coord: Coord,
+    state: Any,
+    *,
+    step: int | None,
+    options: LoadOptions,
+    timeout_s: float,
+    namespace: str,
+    environment: Mapping[str, str],
+) -> Restored:
+    """Load without becoming a writer: fences nobody, takes no epoch. All ranks.
+
+    Raises:
+        StoreNotFoundError: There is no store.
+        StepNotFoundError: There is no such step.
+        StateMismatchError: It does not fit; nothing was changed.
+        CorruptCheckpointError: It is damaged.
+    """
+    catalog = Catalog(storage, writer=_writer_name())
+    round_ = Round(coord, namespace, f"loading {storage.url}", timeout_s)
+    lease: Lease | None = None
+    try:
+        if coord.rank == 0:
+            chosen, lease = choose(catalog, step, [])
+            if chosen.is_empty:
+                raise StepNotFoundError(f"{storage.url}: nothing is committed yet")
+            round_.publish("chosen", chosen)
+        else:
+            chosen = round_.wait("chosen", _Chosen, what="the coordinator's call of load()", grace=_GRACE)
+    except RoundFailedError as failed:
+        raise error_named(failed.failure.kind, f"rank 0: {failed.failure.message}") from None
+    except Exception as error:
+        round_.fail(error)
+        raise
+    with _Renewing(lease):
+        checkpoint = OpenCheckpoint(storage, chosen.attempt, chosen.manifest)
+        try:
+            stats = load_state(backend, state, checkpoint, round_, options)
+        except PoisonError as failed:
+            raise failed.error from None
+        finally:
+            checkpoint.close()
+    entry = catalog.newest().entry(chosen.attempt)
+    return restored_from(checkpoint, entry, state, stats, environment, None)
+
+
+def environment_facts(versions: Mapping[str, str], world_size: int) -> dict[str, str]:
+    """Return what is saved beside the state to explain it later: versions, world size, git commit."""
+    facts = {"python": platform.python_version(), "world_size": str(world_size), **versions}
+    commit = _git_commit()
+    if commit:
+        facts["git_commit"] = commit
+    return facts
+
+
+class _Renewing:
+    """Renews a lease in a thread while the block runs, and releases it."""
+
+    def __init__(self, lease: Lease | None) -> None:
+        self._lease = lease
+        self._done = threading.Event()
+        self._thread: threading.Thread | None = None
+
+    def __enter__(self) -> None:
+        if self._lease is not None:
+            self._thread = threading.Thread(target=self._run, name="shardckpt-lease", daemon=True)
+            self._thread.start()
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._done.set()
+        if self._thread is not None and self._lease is not None:
+            self._thread.join()
+            self._lease.release()
+
+    def _run(self) -> None:
+        assert self._lease is not None
+        while not self._done.wait(LEASE_TTL_S / 4):
+            try:
+                self._lease.renew()
+            except ShardckptError as error:
+                _logger.warning("the reader's lease could not be renewed: %s", error)
+
+
+def _writer_name() -> str:
+    try:
+        user = getpass.getuser()
+    except (KeyError, OSError):
+        user = str(os.getuid())
+    return f"{user}@{socket.gethostname()} (pid {os.getpid()})"
+
+
+def _git_commit() -> str:
+    try:
+        done = subprocess.run(
+            ["git", "rev-parse", "HEAD"], capture_output=True, text=True, timeout=2.0, check=False
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return ""
+    return done.stdout.strip() if done.returncode == 0 else ""
+

@@ -1,0 +1,266 @@
+"""The manifest: one checkpoint described completely in O(tensors + ranks). Bytes <-> dataclasses.
+
+Layer: format. Tensors and files are columns. A layout is written once and says in closed form which rank holds
+which box (`geometry.layout`); irregular ones list their boxes. Where equal copies exist, `owners` says who wrote
+a tensor: the index of one replica, or -1 where each replica wrote its share of every shard's bytes.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Final
+
+import msgspec
+
+from shardckpt.errors import FormatError
+from shardckpt.format.root import FORMAT_VERSION, check_version
+from shardckpt.format.sealed import digest, seal, unseal
+from shardckpt.format.shard_file import MAX_DIMS
+from shardckpt.geometry.array_spec import ArraySpec
+from shardckpt.geometry.box import Box
+from shardckpt.geometry.dtypes import ITEMSIZE_BYTES
+from shardckpt.geometry.layout import BoxLayout, Layout, MeshLayout
+from shardckpt.state import PER_RANK_RULES
+
+MAX_MANIFEST_BYTES: Final = 256 << 20
+MAX_RANKS: Final = 1 << 20
+SPLIT: Final = -1
+_MAX_ELEMENTS: Final = 1 << 62
+
+class MeshColumn(msgspec.Struct, frozen=True, tag="mesh", tag_field="kind"):
+    """A `MeshLayout`; `ranks` as `[start, stop)` runs, flattened."""
+
+    shape: list[int]
+    rank_runs: list[int]
+    cuts: list[list[int]]
+
+class BoxColumn(msgspec.Struct, frozen=True, tag="boxes", tag_field="kind"):
+    """A `BoxLayout`: offsets and shapes of all boxes in one list, ranks of each box."""
+
+    boxes: list[int]
+    ranks: list[list[int]]
+
+class Files(msgspec.Struct, frozen=True, kw_only=True):
+    """Every shard file, in columns; names follow from rank and number within the rank.
+
+    Attributes:
+        counts: Files of each rank.
+        sizes: Bytes of each file, rank by rank.
+        table_offsets: Where each file's table starts.
+        table_bytes: Bytes of each table.
+        digests: Hex digests of the tables, joined.
+    """
+
+    counts: list[int]
+    sizes: list[int]
+    table_offsets: list[int]
+    table_bytes: list[int]
+    digests: str
+
+class Manifest(msgspec.Struct, frozen=True, kw_only=True):
+    """One checkpoint.
+
+    Attributes:
+        format: Version of the format.
+        features: Features a reader must know.
+        store_id: Store it was saved in.
+        attempt: Directory name.
+        step: Training step.
+        world_size: Ranks that saved.
+        framework: Backend that saved ("torch").
+        keys: Arrays, sorted.
+        dtypes: Canonical dtype of each.
+        shapes: Global shape of each.
+        roles: Role of each.
+        layout_ids: Index into `layouts` of each.
+        owners: Which replica wrote each, or -1 for all, by share.
+        layouts: Distinct layouts.
+        aliases: Tied key to stored key.
+        objects: Values equal on all ranks, tagged JSON.
+        per_rank: Keys of values that differ by rank, with their rule.
+        files: Every shard file.
+        config: The user's training configuration, tagged JSON.
+        environment: Versions, world size, mesh, commit.
+    """
+
+    format: int
+    features: list[str]
+    store_id: str
+    attempt: str
+    step: int
+    world_size: int
+    framework: str
+    keys: list[str]
+    dtypes: list[str]
+    shapes: list[list[int]]
+    roles: list[str]
+    layout_ids: list[int]
+    owners: list[int]
+    layouts: list[MeshColumn | BoxColumn]
+    aliases: dict[str, str]
+    objects: dict[str, msgspec.Raw]
+    per_rank: dict[str, str]
+    files: Files
+    config: msgspec.Raw
+    environment: dict[str, str]
+
+@dataclass(frozen=True, slots=True)
+class SavedTensor:
+    """One array as the manifest describes it."""
+
+    key: str
+    spec: ArraySpec
+    role: str
+    layout: Layout
+    owner: int
+
+@dataclass(frozen=True, slots=True)
+class FileRecord:
+    """One shard file as the manifest describes it."""
+
+    rank: int
+    number: int
+    nbytes: int
+    table_offset: int
+    table_bytes: int
+    digest: str
+
+def shard_key(attempt: str, rank: int, number: int, world_size: int) -> str:
+    """Return the storage key of a shard file; large jobs use one sub-directory per 256 ranks.
+
+    >>> shard_key("a", 3, 0, 4)
+    'a/rank-00003.0.shard'
+    """
+    name = f"rank-{rank:05d}.{number}.shard"
+    return f"{attempt}/{name}" if world_size <= 256 else f"{attempt}/ranks-{rank // 256:05d}/{name}"
+
+def encode_manifest(manifest: Manifest) -> tuple[bytes, str]:
+    """Return the bytes of a manifest and the digest by which the root names it."""
+    data = seal(manifest)
+    return data, digest(data)
+
+def decode_manifest(data: bytes, what: str) -> Manifest:
+    """Return a manifest after checking that its columns agree.
+
+    Raises:
+        CorruptCheckpointError: Torn or flipped.
+        FormatError: Another version, an unknown feature, or columns that contradict each other.
+    """
+    manifest = unseal(data, Manifest, what=what)
+    check_version(manifest.format, manifest.features, what)
+    problem = _problem(manifest)
+    if problem:
+        raise FormatError(f"{what}: {problem}")
+    return manifest
+
+def tensors(manifest: Manifest, what: str = "manifest") -> dict[str, SavedTensor]:
+    """Return every array by key.
+
+    Raises:
+        FormatError: A layout does not make sense.
+    """
+    try:
+        layouts = [_layout(c, manifest, i) for i, c in enumerate(manifest.layouts)]
+    except (ValueError, IndexError) as error:
+        raise FormatError(f"{what}: {error}") from error
+    columns = zip(
+        manifest.keys, manifest.dtypes, manifest.shapes, manifest.roles, manifest.layout_ids,
+        manifest.owners, strict=True,
+    )  # fmt: skip
+    return {
+        key: SavedTensor(key, ArraySpec(tuple(shape), dtype), role, layouts[layout_id], owner)
+        for key, dtype, shape, role, layout_id, owner in columns
+    }
+
+def file_records(manifest: Manifest) -> list[list[FileRecord]]:
+    """Return the files of each rank."""
+    files = manifest.files
+    records: list[list[FileRecord]] = []
+    index = 0
+    for rank, count in enumerate(files.counts):
+        of_rank: list[FileRecord] = []
+        for number in range(count):
+            digest_hex = files.digests[32 * index : 32 * (index + 1)]
+            of_rank.append(
+                FileRecord(
+                    rank, number, files.sizes[index], files.table_offsets[index],
+                    files.table_bytes[index], digest_hex,
+                )  # fmt: skip
+            )
+            index += 1
+        records.append(of_rank)
+    return records
+
+def layout_column(layout: Layout) -> MeshColumn | BoxColumn:
+    """Return the manifest's form of a layout."""
+    if isinstance(layout, MeshLayout):
+        return MeshColumn(list(layout.mesh_shape), _runs(layout.ranks), [list(c) for c in layout.cuts])
+    boxes = [n for box in layout.boxes for n in (*box.offsets, *box.shape)]
+    return BoxColumn(boxes, [list(r) for r in layout.ranks])
+
+def _layout(column: MeshColumn | BoxColumn, manifest: Manifest, layout_id: int) -> Layout:
+    if isinstance(column, MeshColumn):
+        ranks = tuple(
+            rank
+            for start, stop in zip(column.rank_runs[::2], column.rank_runs[1::2], strict=True)
+            for rank in range(start, min(stop, start + MAX_RANKS))
+        )
+        if any(not 0 <= rank < manifest.world_size for rank in ranks):
+            raise ValueError(f"layout {layout_id} names a rank outside the world of {manifest.world_size}")
+        return MeshLayout(tuple(column.shape), ranks, tuple(tuple(c) for c in column.cuts))
+    users = [i for i, used in enumerate(manifest.layout_ids) if used == layout_id]
+    num_dims = len(manifest.shapes[users[0]]) if users else 0
+    if len(column.boxes) != 2 * num_dims * len(column.ranks):
+        raise ValueError(f"layout {layout_id} has {len(column.boxes)} numbers for its boxes")
+    boxes = []
+    for i in range(len(column.ranks)):
+        numbers = column.boxes[2 * num_dims * i : 2 * num_dims * (i + 1)]
+        boxes.append(Box(tuple(numbers[:num_dims]), tuple(numbers[num_dims:])))
+    if any(not 0 <= r < manifest.world_size for ranks in column.ranks for r in ranks):
+        raise ValueError(f"layout {layout_id} names a rank outside the world of {manifest.world_size}")
+    return BoxLayout(tuple(boxes), tuple(tuple(r) for r in column.ranks))
+
+@lru_cache(maxsize=64)
+def _runs_cached(ranks: tuple[int, ...]) -> tuple[int, ...]:
+    runs: list[int] = []
+    for rank in ranks:
+        if runs and runs[-1] == rank:
+            runs[-1] = rank + 1
+        else:
+            runs += [rank, rank + 1]
+    return tuple(runs)
+
+def _runs(ranks: tuple[int, ...]) -> list[int]:
+    return list(_runs_cached(ranks))
+
+def _problem(manifest: Manifest) -> str | None:
+    """Say what contradicts in a manifest, or None."""
+    num = len(manifest.keys)
+    columns = (manifest.dtypes, manifest.shapes, manifest.roles, manifest.layout_ids, manifest.owners)
+    if any(len(column) != num for column in columns):
+        return "the tensor columns differ in length"
+    if len(set(manifest.keys)) != num:
+        return "a key is listed twice"
+    if not 1 <= manifest.world_size <= MAX_RANKS or len(manifest.files.counts) != manifest.world_size:
+        return f"{len(manifest.files.counts)} ranks have files, the world has {manifest.world_size}"
+    unknown = sorted(set(manifest.dtypes) - ITEMSIZE_BYTES.keys())
+    if unknown:
+        return f"unknown dtypes {unknown}"
+    for key, shape in zip(manifest.keys, manifest.shapes, strict=True):
+        if len(shape) > MAX_DIMS or any(n < 0 for n in shape) or math.prod(shape) > _MAX_ELEMENTS:
+            return f"key {key!r} has the impossible shape {shape}"
+    if any(not 0 <= i < len(manifest.layouts) for i in manifest.layout_ids):
+        return "a tensor has no layout"
+    if set(manifest.per_rank.values()) - set(PER_RANK_RULES):
+        return f"unknown per-rank rules {sorted(set(manifest.per_rank.values()))}"
+    files = manifest.files
+    total = sum(files.counts)
+    if any(count < 0 for count in files.counts) or any(
+        len(column) != total for column in (files.sizes, files.table_offsets, files.table_bytes)
+    ) or len(files.digests) != 32 * total:
+        return "the file columns differ in length"
+    return None
+
+VERSION: Final = FORMAT_VERSION

@@ -1,0 +1,1 @@
+"""Load: open, plan, read, place."""

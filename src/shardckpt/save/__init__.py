@@ -1,0 +1,1 @@
+"""Save: structure, plan, stage, write, commit; `saver` knows their order."""

@@ -1,0 +1,263 @@
+"""The save plan: who writes which bytes, and where in its file. Pure functions from data to data.
+
+Layer: save. The coordinator merges the ranks' structures into one global plan, only when one of them is new;
+every rank then derives its own payloads and file offsets from it alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Final
+
+import msgspec
+
+from shardckpt.errors import StateMismatchError
+from shardckpt.format.manifest import BoxColumn, MeshColumn, layout_column
+from shardckpt.format.shard_file import (
+    ALIGNED_FROM_BYTES,
+    HEADER_BYTES,
+    MAX_FILE_BYTES,
+    PAGE_BYTES,
+    SMALL_ALIGN_BYTES,
+)
+from shardckpt.format.shares import replica_share
+from shardckpt.geometry.array_spec import ArraySpec
+from shardckpt.geometry.box import Box
+from shardckpt.geometry.layout import BoxLayout, Layout, MeshLayout, replicated
+from shardckpt.geometry.regions import coverage_problem
+from shardckpt.save.balance import choose_owners
+from shardckpt.save.structure import BOXES, WHOLE, Structure
+from shardckpt.state import Leaf
+
+_MAX_PROBLEMS_SHOWN: Final = 10
+
+
+class GlobalPlan(msgspec.Struct, frozen=True, kw_only=True):
+    """The arrays of the whole job, in the manifest's columns."""
+
+    keys: list[str]
+    dtypes: list[str]
+    shapes: list[list[int]]
+    roles: list[str]
+    layout_ids: list[int]
+    owners: list[int]
+    layouts: list[MeshColumn | BoxColumn]
+    aliases: dict[str, str]
+    per_rank: dict[str, str]
+
+
+@dataclass(frozen=True, slots=True)
+class Payload:
+    """A byte range of one local shard at its place in a file.
+
+    Attributes:
+        leaf: Index of the leaf in the state tree.
+        shard: Index of the shard in the leaf.
+        start: First byte of the shard's C-order bytes.
+        nbytes: Bytes.
+        file: Number of the file.
+        offset: Byte of the file.
+    """
+
+    leaf: int
+    shard: int
+    start: int
+    nbytes: int
+    file: int
+    offset: int
+
+
+@dataclass(frozen=True, slots=True)
+class RankPlan:
+    """What one rank writes.
+
+    Attributes:
+        payloads: In file order.
+        file_bytes: For each file the bytes of header and payloads, a multiple of 4096.
+    """
+
+    payloads: tuple[Payload, ...]
+    file_bytes: tuple[int, ...]
+
+    @property
+    def image_bytes(self) -> int:
+        """Host memory that holds all files up to their tables."""
+        return sum(self.file_bytes)
+
+
+def merge(structures: Sequence[Structure], class_of_rank: Sequence[int]) -> GlobalPlan:
+    """Combine the distinct structures of all ranks into one plan.
+
+    Args:
+        structures: Distinct structures.
+        class_of_rank: For each rank the index of its structure.
+
+    Raises:
+        StateMismatchError: Ranks disagree on an array, or irregular boxes do not cover one exactly once.
+    """
+    ranks_of_class: list[list[int]] = [[] for _ in structures]
+    for rank, index in enumerate(class_of_rank):
+        ranks_of_class[index].append(rank)
+    problems: list[str] = []
+    specs: dict[str, tuple[ArraySpec, str, int]] = {}
+    layouts: dict[str, Layout] = {}
+    holders: dict[str, list[int]] = {}
+    boxes: dict[str, dict[Box, list[int]]] = {}
+    aliases: dict[str, str] = {}
+    per_rank: dict[str, str] = {}
+    for index, structure in enumerate(structures):
+        ranks = ranks_of_class[index]
+        mesh_layouts = [_mesh_layout(c) for c in structure.layouts]
+        aliases.update(structure.aliases)
+        per_rank.update(structure.per_rank)
+        columns = zip(
+            structure.keys, structure.dtypes, structure.shapes, structure.roles, structure.layout_ids,
+            strict=True,
+        )  # fmt: skip
+        for key, dtype, shape, role, layout_id in columns:
+            spec = ArraySpec(tuple(shape), dtype)
+            kind = min(layout_id, 0)
+            known = specs.setdefault(key, (spec, role, kind))
+            if known[0] != spec or known[2] != kind:
+                problems.append(
+                    f"key {key!r}: rank {ranks[0]} holds {spec}, another rank {known[0]}"
+                    + ("" if known[2] == kind else " with another kind of layout")
+                )
+            elif layout_id == WHOLE:
+                holders.setdefault(key, []).extend(ranks)
+            elif layout_id == BOXES:
+                of_key = boxes.setdefault(key, {})
+                for box in _boxes(structure.boxes[key], len(shape)):
+                    of_key.setdefault(box, []).extend(ranks)
+            elif layouts.setdefault(key, mesh_layouts[layout_id]) != mesh_layouts[layout_id]:
+                problems.append(f"key {key!r}: rank {ranks[0]} has it on another mesh or placement")
+    for key, of_key in boxes.items():
+        problem = coverage_problem(specs[key][0].shape, list(of_key))
+        if problem:
+            problems.append(f"key {key!r}: {problem}")
+        layouts[key] = BoxLayout(tuple(of_key), tuple(tuple(sorted(r)) for r in of_key.values()))
+    if problems:
+        raise _disagreement(problems)
+    shared: dict[tuple[int, ...], MeshLayout] = {}
+    for key, ranks in holders.items():
+        group = tuple(sorted(ranks))
+        layouts[key] = shared.setdefault(group, replicated(group))
+    return _columns(specs, layouts, aliases, per_rank)
+
+
+def rank_plan(plan: GlobalPlan, leaves: Sequence[Leaf], rank: int, max_file_bytes: int = MAX_FILE_BYTES) -> RankPlan:
+    """Return what `rank`, which holds `leaves`, writes."""
+    index_of = {key: i for i, key in enumerate(plan.keys)}
+    mesh: dict[int, tuple[int, int] | None] = {}
+    replicas: dict[int, dict[Box, tuple[int, ...]]] = {}
+    pieces: list[tuple[int, int, int, int]] = []
+    for leaf_index, leaf in enumerate(leaves):
+        tensor = index_of[leaf.key]
+        layout_id, owner = plan.layout_ids[tensor], plan.owners[tensor]
+        column = plan.layouts[layout_id]
+        if isinstance(column, MeshColumn):
+            if layout_id not in mesh:
+                mesh[layout_id] = _replica_of(_mesh_layout(column), rank)
+            place = mesh[layout_id]
+            if place is None:
+                continue
+            for shard_index, shard in enumerate(leaf.shards):
+                nbytes = shard.box.num_elements * leaf.spec.itemsize_bytes
+                start, stop = replica_share(nbytes, place[1], owner, place[0])
+                if start < stop:
+                    pieces.append((leaf_index, shard_index, start, stop))
+            continue
+        if layout_id not in replicas:
+            listed = _boxes(column.boxes, len(leaf.spec.shape))
+            replicas[layout_id] = dict(zip(listed, map(tuple, column.ranks), strict=True))
+        for shard_index, shard in enumerate(leaf.shards):
+            ranks = replicas[layout_id][shard.box]
+            nbytes = shard.box.num_elements * leaf.spec.itemsize_bytes
+            start, stop = replica_share(nbytes, len(ranks), owner, ranks.index(rank))
+            if start < stop:
+                pieces.append((leaf_index, shard_index, start, stop))
+    return _place_in_files(pieces, max_file_bytes)
+
+
+def _place_in_files(pieces: list[tuple[int, int, int, int]], max_file_bytes: int) -> RankPlan:
+    """Put big payloads first at page boundaries, then small ones packed."""
+    big = [p for p in pieces if p[3] - p[2] >= ALIGNED_FROM_BYTES]
+    small = [p for p in pieces if p[3] - p[2] < ALIGNED_FROM_BYTES]
+    payloads: list[Payload] = []
+    ends: list[int] = [HEADER_BYTES]
+    for leaf, shard, start, stop in (*big, *small):
+        while start < stop:
+            align = PAGE_BYTES if stop - start >= ALIGNED_FROM_BYTES else SMALL_ALIGN_BYTES
+            offset = -(-ends[-1] // align) * align
+            if offset + (stop - start) > max_file_bytes and ends[-1] > HEADER_BYTES:
+                ends.append(HEADER_BYTES)
+                continue
+            nbytes = min(stop - start, max(ALIGNED_FROM_BYTES, max_file_bytes - offset))
+            payloads.append(Payload(leaf, shard, start, nbytes, len(ends) - 1, offset))
+            ends[-1] = offset + nbytes
+            start += nbytes
+    return RankPlan(tuple(payloads), tuple(-(-end // PAGE_BYTES) * PAGE_BYTES for end in ends))
+
+
+def _columns(
+    specs: Mapping[str, tuple[ArraySpec, str, int]],
+    layouts: Mapping[str, Layout],
+    aliases: dict[str, str],
+    per_rank: dict[str, str],
+) -> GlobalPlan:
+    keys = sorted(specs)
+    ids: dict[Layout, int] = {}
+    by_identity: dict[int, int] = {}
+    layout_ids: list[int] = []
+    for key in keys:
+        layout = layouts[key]
+        if id(layout) not in by_identity:
+            by_identity[id(layout)] = ids.setdefault(layout, len(ids))
+        layout_ids.append(by_identity[id(layout)])
+    owners = choose_owners([(layouts[key], specs[key][0]) for key in keys])
+    return GlobalPlan(
+        keys=keys,
+        dtypes=[specs[key][0].dtype for key in keys],
+        shapes=[list(specs[key][0].shape) for key in keys],
+        roles=[specs[key][1] for key in keys],
+        layout_ids=layout_ids,
+        owners=owners,
+        layouts=[layout_column(layout) for layout in ids],
+        aliases=aliases,
+        per_rank=per_rank,
+    )
+
+
+def _replica_of(layout: MeshLayout, rank: int) -> tuple[int, int] | None:
+    coordinate = layout.coordinate(rank)
+    return None if coordinate is None else (layout.replica_index(coordinate), layout.num_replicas)
+
+
+def _mesh_layout(column: MeshColumn | BoxColumn) -> MeshLayout:
+    assert isinstance(column, MeshColumn)
+    runs = column.rank_runs
+    ranks = tuple(r for a, b in zip(runs[::2], runs[1::2], strict=True) for r in range(a, b))
+    return MeshLayout(tuple(column.shape), ranks, tuple(tuple(c) for c in column.cuts))
+
+
+def _boxes(numbers: Sequence[int], num_dims: int) -> list[Box]:
+    if num_dims == 0:
+        return []
+    step = 2 * num_dims
+    return [
+        Box(tuple(numbers[i : i + num_dims]), tuple(numbers[i + num_dims : i + step]))
+        for i in range(0, len(numbers), step)
+    ]
+
+
+def _disagreement(problems: list[str]) -> StateMismatchError:
+    shown = "\n  ".join(problems[:_MAX_PROBLEMS_SHOWN])
+    more = len(problems) - _MAX_PROBLEMS_SHOWN
+    tail = f"\n  and {more} more" if more > 0 else ""
+    return StateMismatchError(
+        f"the ranks' states do not fit together ({len(problems)} keys):\n  {shown}{tail}\n"
+        "Give different arrays different names on every rank.",
+        tuple(problems),
+    )
+
