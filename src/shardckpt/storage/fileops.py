@@ -9,10 +9,13 @@ from __future__ import annotations
 
 import ctypes
 import errno
+import logging
 import os
 from typing import Final, Protocol, final
 
 from shardckpt import native
+
+_LOG: Final = logging.getLogger("shardckpt.storage")
 
 
 class FileOps(Protocol):
@@ -66,6 +69,14 @@ class FileOps(Protocol):
 
     def stat_name(self, name: str, *, dir_fd: int) -> os.stat_result:
         """Return the status of a name; a symbolic link is not followed."""
+
+
+def close_unwritten(ops: FileOps, fd: int) -> None:
+    """Close a descriptor nothing was written through. Never raises: there is nothing to lose."""
+    try:
+        ops.close(fd)
+    except OSError:
+        _LOG.debug("closing descriptor %d, only read from, failed", fd, exc_info=True)
 
 
 @final

@@ -36,7 +36,7 @@ from typing import TYPE_CHECKING, Final, final
 
 from shardckpt.errors import StorageError
 from shardckpt.storage.failure import storage_error, storage_errors
-from shardckpt.storage.fileops import FileOps, PosixFileOps
+from shardckpt.storage.fileops import FileOps, PosixFileOps, close_unwritten
 from shardckpt.storage.keys import is_name, split_key, split_prefix
 from shardckpt.storage.local_dirs import Directories
 from shardckpt.storage.local_files import (
@@ -127,7 +127,7 @@ class LocalStorage:
             try:
                 fd = create_file(self._ops, name, dir_fd=dir_fd)
             except BaseException:
-                self._ops.close(dir_fd)
+                close_unwritten(self._ops, dir_fd)
                 raise
         writer = LocalWriter(self._ops, path, name, dir_fd=dir_fd, fd=fd)
         try:
@@ -156,7 +156,7 @@ class LocalStorage:
             read_exactly(self._ops, path, fd, 0, ctypes.addressof(buffer), nbytes)
             return buffer.raw[:nbytes]
         finally:
-            self._ops.close(fd)
+            close_unwritten(self._ops, fd)
 
     def open(self, key: str) -> LocalReader:
         """Open an object for ranged reads.

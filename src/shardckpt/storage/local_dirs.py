@@ -13,6 +13,7 @@ from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Final, final
 
 from shardckpt.errors import StorageError
+from shardckpt.storage.fileops import close_unwritten
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -105,7 +106,7 @@ class Directories:
 
     def _make_above(self, path: str) -> None:
         try:
-            self._ops.close(self._ops.open(path, _ROOT_FLAGS, dir_fd=None))
+            close_unwritten(self._ops, self._ops.open(path, _ROOT_FLAGS, dir_fd=None))
         except FileNotFoundError:
             parent = os.path.dirname(path)
             self._make_above(parent)
@@ -113,7 +114,7 @@ class Directories:
                 self._ops.mkdir(path, dir_fd=None)
             except FileExistsError:
                 # Another rank was faster; whether it made a directory, the next open tells.
-                self._ops.close(self._ops.open(path, _ROOT_FLAGS, dir_fd=None))
+                close_unwritten(self._ops, self._ops.open(path, _ROOT_FLAGS, dir_fd=None))
             with self._closing(self._ops.open(parent, _ROOT_FLAGS, dir_fd=None)) as fd:
                 self._ops.fsync_dir(fd)
 
@@ -125,10 +126,10 @@ class Directories:
                 path = tuple(parts[:depth])
                 below = self._made_below(fd, path) if make else self._below(fd, part)
                 above, fd = fd, below
-                self._ops.close(above)
+                close_unwritten(self._ops, above)
             yield fd
         finally:
-            self._ops.close(fd)
+            close_unwritten(self._ops, fd)
 
     def _made_below(self, fd: int, path: tuple[str, ...]) -> int:
         try:
@@ -146,7 +147,7 @@ class Directories:
             try:
                 self._ops.fsync_dir(fd)
             except BaseException:
-                self._ops.close(below)
+                close_unwritten(self._ops, below)
                 raise
             self._remember(path)
         return below
@@ -203,4 +204,4 @@ class Directories:
         try:
             yield fd
         finally:
-            self._ops.close(fd)
+            close_unwritten(self._ops, fd)

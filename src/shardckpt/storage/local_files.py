@@ -11,11 +11,12 @@ import logging
 import os
 import stat
 import threading
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Final, final
 
 from shardckpt.errors import StorageError
 from shardckpt.storage.failure import storage_error, storage_errors
+from shardckpt.storage.fileops import close_unwritten
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -53,7 +54,7 @@ def open_regular(ops: FileOps, name: str, *, dir_fd: int) -> tuple[int, int]:
         status = ops.stat_fd(fd)
         _check_regular(name, status, ops.stat_fd(dir_fd))
     except BaseException:
-        ops.close(fd)
+        close_unwritten(ops, fd)
         raise
     return fd, status.st_size
 
@@ -262,8 +263,7 @@ class LocalWriter:
         except OSError:
             _LOG.debug("%s was given up but not removed", self._path, exc_info=True)
         finally:
-            with suppress(OSError):  # A directory opened to read loses nothing at close.
-                self._ops.close(self._dir_fd)
+            close_unwritten(self._ops, self._dir_fd)
 
 
 @final
@@ -297,10 +297,7 @@ class LocalReader:
         self._calls.end()
 
     def _release(self) -> None:
-        try:
-            self._ops.close(self._fd)
-        except OSError:
-            _LOG.debug("closing %s after reading failed", self._path, exc_info=True)
+        close_unwritten(self._ops, self._fd)
 
 
 def read_exactly(ops: FileOps, path: str, fd: int, offset: int, address: int, nbytes: int) -> None:

@@ -112,14 +112,18 @@ class FaultyFileOps:
     def open(self, name: str, flags: int, *, dir_fd: int | None, mode: int = 0o600) -> int:
         """Record, then open."""
         path = self._path(name, dir_fd)
-
-        def opened() -> int:
-            fd = self._inner.open(name, flags, dir_fd=dir_fd, mode=mode)
-            with self._lock:
-                self._paths[fd] = path
-            return fd
-
-        return self._run("open", path, opened)
+        call, hits = self._begin("open", path)
+        self._strike(call, hits, "before")
+        fd = self._inner.open(name, flags, dir_fd=dir_fd, mode=mode)
+        try:
+            self._strike(call, hits, "after")
+        except BaseException:
+            # The file may be there, but an open that failed gives no descriptor.
+            self._inner.close(fd)
+            raise
+        with self._lock:
+            self._paths[fd] = path
+        return fd
 
     def close(self, fd: int) -> None:
         """Record, then close; a fault never keeps the descriptor open, as on Linux."""

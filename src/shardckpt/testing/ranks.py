@@ -9,7 +9,6 @@ from __future__ import annotations
 import ctypes
 import faulthandler
 import importlib
-import importlib.util
 import multiprocessing
 import multiprocessing.connection
 import os
@@ -264,7 +263,8 @@ def _rank_main(
     # Chained: after the stacks are logged the signal ends the process as it would have.
     faulthandler.register(signal.SIGTERM, file=2, all_threads=True, chain=True)
     try:
-        _make_importable(*source)
+        if source[0] != "__main__":
+            _make_importable(*source)
         fn, args = pickle.loads(task)
         _barrier(pipe, None)
         result = fn(told, *args)
@@ -280,20 +280,11 @@ def _barrier(pipe: Connection, value: object) -> None:
 
 
 def _make_importable(module: str, file: str) -> None:
-    """Import `module`, from its file where test collection gave it a name that is on no path."""
-    if module == "__main__":
-        return
-    try:
-        importlib.import_module(module)
-    except ModuleNotFoundError as error:
-        if not module.startswith(str(error.name)):
-            raise
-        spec = importlib.util.spec_from_file_location(module, file)
-        if spec is None or spec.loader is None:
-            raise
-        loaded = importlib.util.module_from_spec(spec)
-        sys.modules[module] = loaded
-        spec.loader.exec_module(loaded)
+    """Put the directory that `module` is found from on the path; test collection may not have."""
+    tail = os.path.join(*module.split(".")) + ".py"
+    if file.endswith(tail):
+        sys.path.append(file.removesuffix(tail))
+    importlib.import_module(module)
 
 
 def _die_with(parent: int) -> None:

@@ -1,17 +1,18 @@
 """The conformance suite of storages: one test per promise of `shardckpt.storage.base`.
 
-Layer: testing. Subclass `StorageSuite` as `Test...`, give it a `storage` fixture and the two raw methods,
-and pytest runs it. Needs pytest, which only this module imports.
+Layer: testing. Subclass `StorageSuite` as `Test...`, give it a `storage` fixture and the two raw
+methods, and pytest runs it. Needs pytest, which only this module imports.
 """
 
 from __future__ import annotations
 
 import ctypes
+import itertools
 import random
 import threading
 from abc import ABC, abstractmethod
 from concurrent.futures import ThreadPoolExecutor
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Final
 
 import pytest
 
@@ -46,11 +47,11 @@ class StorageSuite(ABC):
     """What every storage must do. The raw methods go around the storage under test."""
 
     @abstractmethod
-    def raw_set(self, storage: Any, key: str, data: bytes) -> None:
+    def raw_set(self, storage: Storage, key: str, data: bytes) -> None:
         """Make the object `key` without the storage's own methods."""
 
     @abstractmethod
-    def raw_get(self, storage: Any, key: str) -> bytes | None:
+    def raw_get(self, storage: Storage, key: str) -> bytes | None:
         """Return the object `key`, or None, without the storage's own methods."""
 
     # prepare, url
@@ -107,7 +108,7 @@ class StorageSuite(ABC):
         memory = _Memory(data)
         writer = storage.create("step/a.shard", size)
         cuts = sorted({0, size, *(random.Random(1).randrange(size + 1) for _ in range(5))})
-        ranges = list(zip(cuts, cuts[1:], strict=False))
+        ranges = list(itertools.pairwise(cuts))
         random.Random(2).shuffle(ranges)
         for start, stop in ranges:
             writer.write(start, memory.address + start, stop - start)
