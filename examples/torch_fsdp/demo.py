@@ -61,12 +61,10 @@ class Kill:
     Attributes:
         attempt: Directory of the save that was under way.
         file: The killed rank's shard file in it, below the store.
-        file_bytes: Its size at that moment.
     """
 
     attempt: str
     file: str
-    file_bytes: int
 
     @property
     def step(self) -> int:
@@ -171,7 +169,7 @@ def run_until_killed(reference: dict[int, float]) -> tuple[Phase, Kill]:
                 )
         if kill.attempt not in committed_attempts(STORE):
             what = f"rank {KILLED_RANK} killed (SIGKILL) while step {kill.step} was being saved"
-            print(f"  {what}:\n  its {kill.file} had {kill.file_bytes:,} bytes, not committed")
+            print(f"  {what}:\n  its {kill.file} exists, but no root names it")
             print(
                 f"  the job failed; committed steps: {sorted(committed_steps(STORE))}", flush=True
             )
@@ -227,12 +225,11 @@ def kill_during_save(job: Job) -> Kill:
             files = [
                 path for path in attempt.rglob("*.shard") if f"{KILLED_RANK:05d}." in path.name
             ]
-            kill = Kill(attempt.name, "", 0)
+            kill = Kill(attempt.name, "")
             if not files or kill.step < KILL_FROM_STEP or attempt.name in committed_attempts(STORE):
                 continue
             os.kill(process_of_rank(job, KILLED_RANK), signal.SIGKILL)
-            size = files[0].stat().st_size
-            return Kill(attempt.name, str(files[0].relative_to(STORE)), size)
+            return Kill(attempt.name, str(files[0].relative_to(STORE)))
         # A save lasts tens of milliseconds; looking every half millisecond does not miss it.
         time.sleep(0.0005)
     return fail(job, f"it ended before rank {KILLED_RANK} could be killed in a save")
