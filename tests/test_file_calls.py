@@ -1,4 +1,4 @@
-"""Every file call of the engine goes through `FileOps`, so that faults can be injected into all of them."""
+"""Every file call of the engine goes through `FileOps`, where faults can be injected."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ import pytest
 import shardckpt.storage.fileops
 
 _PACKAGE = Path(shardckpt.storage.fileops.__file__).parents[1]
-# fileops is the one table; pure and native are what it calls; the command line writes its own output;
-# testing serves tests.
+# fileops is the one table; pure and native are what it calls; the command line writes its own
+# output; testing serves tests.
 _EXEMPT = ("storage/fileops.py", "pure.py", "native.py", "cli/", "testing/", "__main__.py")
 _MODULES = {
     "aiofiles", "fcntl", "fileinput", "glob", "io", "linecache", "shutil", "tempfile", "zipfile",

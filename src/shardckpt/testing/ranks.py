@@ -9,10 +9,10 @@ from __future__ import annotations
 import ctypes
 import faulthandler
 import importlib
+import io
 import multiprocessing
 import multiprocessing.connection
 import os
-import pickle
 import shutil
 import signal
 import socket
@@ -20,14 +20,17 @@ import sys
 import tempfile
 import time
 import traceback
-from dataclasses import dataclass, field
+from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final, final
+from typing import TYPE_CHECKING, Final, TypeVar, cast, final
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Collection, Sequence
+    from collections.abc import Callable, Collection
     from multiprocessing.connection import Connection
     from multiprocessing.process import BaseProcess
+
+T = TypeVar("T")
 
 _GRACE_AFTER_TERM_S: Final = 5.0
 _TAIL_BYTES: Final = 4000
@@ -68,12 +71,12 @@ class RanksFailedError(AssertionError):
 
 def run_ranks(
     num_ranks: int,
-    fn: Callable[..., Any],
+    fn: Callable[..., T],
     *args: object,
     timeout_s: float = 60.0,
     may_die: Collection[int] = (),
     directory: Path | None = None,
-) -> list[Any]:
+) -> list[T | RankDeath]:
     """Run `fn(RankContext, *args)` on every rank and return what each returned.
 
     No rank begins before all are up, and none leaves before all are done, so a rank that serves the
@@ -96,7 +99,7 @@ def run_ranks(
     team = _Team(num_ranks, place, may_die, timeout_s)
     try:
         team.start(fn, args)
-        results = team.results()
+        results = cast("list[T | RankDeath]", team.results())
     finally:
         team.stop()
     if directory is None:
@@ -112,8 +115,7 @@ class _Rank:
     log: Path
     barrier: str = "start"
     is_waiting: bool = False
-    result: Any = None
-    messages: list[str] = field(default_factory=list)
+    result: object = None
 
 
 @final
@@ -130,13 +132,10 @@ class _Team:
         self._deadline: Final = time.monotonic() + timeout_s
         self._ranks: Final[list[_Rank]] = []
 
-    def start(self, fn: Callable[..., Any], args: tuple[object, ...]) -> None:
+    def start(self, fn: Callable[..., object], args: tuple[object, ...]) -> None:
         """Start every process; they wait at the start barrier."""
         context = multiprocessing.get_context("spawn")
         port = _free_port()
-        # Pickled here and opened only after the child has redirected its output, so that a failing
-        # import of the test's module ends in the log and in the report like any other failure.
-        task = pickle.dumps((fn, args))
         source = (fn.__module__, fn.__code__.co_filename)
         for number in range(self._num_ranks):
             ours, theirs = context.Pipe()
@@ -144,14 +143,18 @@ class _Team:
             told = RankContext(number, self._num_ranks, self._place / "shared", port)
             process = context.Process(
                 target=_rank_main,
-                args=(told, source, task, theirs, str(log), os.getpid()),
+                args=(told, source, theirs, str(log), os.getpid()),
                 name=f"rank {number}",
             )
             process.start()
             theirs.close()
             self._ranks.append(_Rank(number, process, ours, log))
+            # Sent, not passed to the process: opened only after the rank has redirected its output,
+            # a failing import of the test's module is logged and reported like any other failure.
+            with suppress(BrokenPipeError):  # It died already, which the start barrier finds.
+                ours.send((fn, args))
 
-    def results(self) -> list[Any]:
+    def results(self) -> list[object]:
         """See all ranks through both barriers and return their results.
 
         Raises:
@@ -202,16 +205,20 @@ class _Team:
                 f"is late: after {self._timeout_s:g} s the {barrier} barrier still waits for "
                 f"rank(s) {names}",
             )
-        for pipe in ready:
-            rank = waiting_for[pipe]  # type: ignore[index]
+        failures: list[tuple[float, str, _Rank]] = []
+        for rank in [rank for pipe, rank in waiting_for.items() if pipe in ready]:
             try:
                 kind, value = rank.pipe.recv()
             except (EOFError, ConnectionResetError):
                 self._mourn(rank)
                 continue
             if kind == "failed":
-                self._fail(rank, f"failed:\n{value}")
-            rank.is_waiting, rank.result = True, value
+                failures.append((*value, rank))
+            else:
+                rank.is_waiting, rank.result = True, value
+        if failures:
+            _, text, first = min(failures, key=lambda failure: failure[0])
+            self._fail(first, f"failed:\n{text}")
 
     def _mourn(self, rank: _Rank) -> None:
         """Take note of a rank that went away without a word."""
@@ -249,7 +256,6 @@ class _Team:
 def _rank_main(
     told: RankContext,
     source: tuple[str, str],
-    task: bytes,
     pipe: Connection,
     log: str,
     parent: int,
@@ -260,16 +266,18 @@ def _rank_main(
     os.dup2(log_fd, 1)
     os.dup2(log_fd, 2)
     os.close(log_fd)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(line_buffering=True)  # A rank may be killed before it flushes.
     # Chained: after the stacks are logged the signal ends the process as it would have.
     faulthandler.register(signal.SIGTERM, file=2, all_threads=True, chain=True)
     try:
         if source[0] != "__main__":
             _make_importable(*source)
-        fn, args = pickle.loads(task)
+        fn, args = pipe.recv()
         _barrier(pipe, None)
         result = fn(told, *args)
     except BaseException:
-        pipe.send(("failed", traceback.format_exc()))
+        pipe.send(("failed", (time.monotonic(), traceback.format_exc())))
         raise
     _barrier(pipe, result)
 
@@ -307,6 +315,3 @@ def _tail(rank: _Rank) -> str:
     except FileNotFoundError:
         text = ""
     return f"--- log of rank {rank.number} ---\n{text or '(empty)'}"
-
-
-__all__: Sequence[str] = ("RankContext", "RankDeath", "RanksFailedError", "run_ranks")
