@@ -318,12 +318,15 @@ def fail(job: Job, why: str) -> NoReturn:
 
 
 def tail(log: Path, lines: int = 40) -> str:
-    """Return the traceback of the rank that failed first, or else the end of the log, indented."""
+    """Return what the ranks said last, indented; not what torchrun says about them."""
     text = log.read_text(errors="replace").splitlines()
-    first = next((line for line in text if re.match(r"\[rank\d+\]: Traceback", line)), None)
+    ends = (at for at, line in enumerate(text) if re.match(r"[EW]\d+ .*/elastic/", line))
+    said = text[: next(ends, len(text))]
+    first = next((line for line in said if re.match(r"\[rank\d+\]: Traceback", line)), None)
     if first is not None:
-        text = [line for line in text if line.startswith(first.split(" ")[0])]
-    return "\n".join("    " + line for line in text[-lines:])
+        # Ranks fail one after the other and their lines mix; the first one holds the cause.
+        said = [line for line in said if line.startswith(first.split(" ")[0])]
+    return "\n".join("    " + line for line in said[-lines:])
 
 
 def wall_s(job: Job) -> float:
