@@ -371,6 +371,15 @@ def test_where_o_direct_is_refused_buffered_writes_give_equal_bytes(
     assert ops.open_paths() == []
 
 
+def test_after_one_refusal_nothing_more_goes_past_the_page_cache(tmp_path: Path) -> None:
+    """So a second EINVAL comes from a buffered write, where it is no refusal but an error."""
+    refusal, failure = (Fault(errno.EINVAL, "write_at", first=first) for first in (1, 3))
+    storage, ops = _store(tmp_path, refusal, failure)
+    with pytest.raises(StorageError, match="EINVAL"):
+        _big_write(storage)
+    assert [call.op for call in ops.calls].count("write_at") == 3
+
+
 def test_another_error_of_a_direct_write_is_no_reason_to_try_again(tmp_path: Path) -> None:
     storage, ops = _store(tmp_path, Fault(errno.EIO, "write_at"))
     with pytest.raises(StorageError, match="EIO"):

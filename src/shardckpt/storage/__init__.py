@@ -1,0 +1,1 @@
+"""The bytes side: keys and bytes only."""
