@@ -1,4 +1,4 @@
-"""shardckpt: sharded checkpoints of distributed training, saved in the background, loaded into any layout."""
+"""Sharded checkpoints of distributed training: saved in the background, loaded anywhere."""
 
 import logging
 

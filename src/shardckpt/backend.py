@@ -1,18 +1,21 @@
 """The framework seam: what the engine asks of torch or JAX.
 
-Layer: above state, below checkpointer. The core calls these in this order. Save: `describe`, `host_array`
-for every shard it will store. Restore: `targets` builds what is wanted, the core compares it with what is
-saved and reads into `host_array` of the targets, then `finish` gives back what is not an array.
+Layer: above state, below checkpointer. The core calls these in this order. Save: `describe`,
+`host_array` for every shard it will store. Restore: `targets` builds what is wanted, the core
+compares it with what is saved and reads into `host_array` of the targets, then `finish` gives back
+what is not an array.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
-from shardckpt.geometry.array_spec import ArraySpec
-from shardckpt.state import HostArray, Leaf, StateTree
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from shardckpt.geometry.array_spec import ArraySpec
+    from shardckpt.state import HostArray, Leaf, StateTree
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,8 +34,8 @@ class SavedState:
     Attributes:
         leaves: By key.
         objects: Tagged JSON values by key.
-        per_rank: Tagged JSON values of the rank asking, by key, after the rule for another world size;
-            a key whose rule says `drop` is absent.
+        per_rank: Tagged JSON values of the rank asking, by key, after the rule for another world
+            size; a key whose rule says `drop` is absent.
         aliases: Tied key to stored key.
         per_rank_dropped: Keys whose values another world size drops.
     """
@@ -61,7 +64,7 @@ class Targets:
 
 
 class Backend(Protocol):
-    """One framework. `state` is whatever the user passes: a mapping of names to stateful objects."""
+    """One framework. `state` is what the user passes: a mapping of names to objects."""
 
     name: str
 
@@ -78,8 +81,8 @@ class Backend(Protocol):
     def targets(self, state: Any, saved: SavedState, *, only: tuple[str, ...]) -> Targets:
         """Return what `state` wants filled, given what is saved, changing nothing the user can see.
 
-        State that an optimizer creates lazily is allocated here (detached from the optimizer) for every
-        saved key whose parameter exists, and attached in `finish`.
+        State that an optimizer creates lazily is allocated here (detached from the optimizer) for
+        every saved key whose parameter exists, and attached in `finish`.
 
         Args:
             state: The user's state.

@@ -1,10 +1,11 @@
 """The one place that knows the order of both pipelines: open, restore, save, close.
 
-Layer: above save, load, catalog and retention; below the framework fronts, which add nothing but types.
+Layer: above save, load, catalog and retention; below the framework fronts, which add nothing but
+types.
 
-Opening: the coordinator takes the store's next epoch, then announces it. Restoring: the coordinator chooses an
-entry, leases it, reads the log again, announces {attempt, manifest digest, step}; every rank opens exactly that; the
-lease ends when all have read. Saving: see `save.saver`.
+Opening: the coordinator takes the store's next epoch, then announces it. Restoring: the coordinator
+chooses an entry, leases it, reads the log again, announces {attempt, manifest digest, step}; every
+rank opens exactly that; the lease ends when all have read. Saving: see `save.saver`.
 """
 
 from __future__ import annotations
@@ -17,17 +18,13 @@ import socket
 import subprocess
 import threading
 import time
-from collections.abc import Mapping
 from dataclasses import dataclass
-from types import TracebackType
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import msgspec
 
-from shardckpt.backend import Backend
 from shardckpt.catalog.log import Writer
 from shardckpt.catalog.store import LEASE_TTL_S, Catalog, Lease
-from shardckpt.coord.base import Coord
 from shardckpt.coord.session import Round, RoundFailedError
 from shardckpt.errors import (
     CorruptCheckpointError,
@@ -36,16 +33,29 @@ from shardckpt.errors import (
     StepNotFoundError,
     error_named,
 )
-from shardckpt.format.root import Entry, Root
 from shardckpt.format.tagged import decode, encode
-from shardckpt.load.loader import LoadOptions, LoadStats, PoisonError, describe_differences, load_state
+from shardckpt.load.loader import (
+    LoadOptions,
+    LoadStats,
+    PoisonError,
+    describe_differences,
+    load_state,
+)
 from shardckpt.load.open import OpenCheckpoint
-from shardckpt.options import Every, Retention
 from shardckpt.retention import to_drop
 from shardckpt.save.commit import Described
 from shardckpt.save.saver import OnBusy, SaveHandle, Saver
 from shardckpt.schedule import Schedule
-from shardckpt.storage.base import Storage
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+    from types import TracebackType
+
+    from shardckpt.backend import Backend
+    from shardckpt.coord.base import Coord
+    from shardckpt.format.root import Entry, Root
+    from shardckpt.options import Every, Retention
+    from shardckpt.storage.base import Storage
 
 DEFAULT_TIMEOUT_S: Final = 600.0
 _EXIT_AFTER_ERROR_S: Final = 30.0
@@ -93,7 +103,8 @@ class _Chosen(msgspec.Struct, frozen=True):
 class CheckpointerCore:
     """Saves to and restores from one store, for the ranks of one job.
 
-    One thread per rank calls it. Every method marked "all ranks" must be called by all of them in the same order.
+    One thread per rank calls it. Every method marked "all ranks" must be called by all of them in
+    the same order.
     """
 
     def __init__(
@@ -145,11 +156,15 @@ class CheckpointerCore:
         prefix = f"{namespace}/{opened.owner[:16]}"
         self._prefix = prefix
         described = Described(
-            backend.name, opened.store_id, msgspec.Raw(msgspec.json.encode(self._config)), self._environment
+            backend.name,
+            opened.store_id,
+            msgspec.Raw(msgspec.json.encode(self._config)),
+            self._environment,
         )
         self._saver: Saver | None = Saver(
             backend, self._catalog, self._writer, coord, described,
-            prefix=prefix, timeout_s=timeout_s, on_busy=on_busy, to_drop=lambda root: to_drop(root, retention),
+            prefix=prefix, timeout_s=timeout_s, on_busy=on_busy, to_drop=lambda root: to_drop(root,
+            retention),
         )  # fmt: skip
         self._schedule = Schedule(save_every, coord, prefix=prefix, timeout_s=timeout_s)
         self._has_restored = False
@@ -158,7 +173,9 @@ class CheckpointerCore:
         """Return whether to save at this step; the same on all ranks."""
         return self._schedule.should_save(step)
 
-    def save(self, step: int, state: Any, *, metrics: Mapping[str, float] | None = None) -> SaveHandle:
+    def save(
+        self, step: int, state: Any, *, metrics: Mapping[str, float] | None = None
+    ) -> SaveHandle:
         """Stage the state and return; the rest happens in the background. All ranks.
 
         Args:
@@ -177,14 +194,17 @@ class CheckpointerCore:
         figures = {str(k): float(v) for k, v in (metrics or {}).items()}
         if self._poison is not None:
             raise PoisonedStateError(
-                f"step {step} is not saved: the last restore failed half-way ({self._poison}), so the state is a "
+                f"step {step} is not saved: the last restore failed half-way ({self._poison}), "
+                "so the state is a "
                 "mixture. Restore again, or start from fresh objects."
             )
         self._schedule.saved()
         return saver.save(step, state, figures)
 
-    def restore(self, state: Any, *, step: int | None = None, options: LoadOptions, fallback: bool) -> Restored | None:
-        """Fill `state` from the newest or the given step; all ranks. None where nothing was ever committed.
+    def restore(
+        self, state: Any, *, step: int | None = None, options: LoadOptions, fallback: bool
+    ) -> Restored | None:
+        """Fill `state` from a step; all ranks. None where nothing was ever committed.
 
         Args:
             state: What to fill.
@@ -237,7 +257,7 @@ class CheckpointerCore:
         self._catalog.pin(self._catalog.find(self._catalog.newest(), step).attempt, pinned=pinned)
 
     def wait_staged(self) -> None:
-        """Return once the caller may change its arrays: at once, since `save` stages before it returns."""
+        """Return once arrays may be changed: at once, since `save` stages before it returns."""
 
     def wait(self) -> None:
         """Wait for the save under way and raise its failure, alike on all ranks.
@@ -262,14 +282,16 @@ class CheckpointerCore:
             self._coord.close()
 
     def leave(self, error: BaseException | None) -> None:
-        """Close at the end of a `with` block; after an error of the block a failure is only logged."""
+        """Close at the end of a `with` block; after an error a failure is only logged."""
         if error is None:
             self.close()
             return
         try:
             self.close(min(_EXIT_AFTER_ERROR_S, self._timeout_s))
         except ShardckptError as failure:
-            _logger.error("while leaving after %s: %s", type(error).__name__, failure)
+            _logger.error(  # noqa: TRY400 - the block's own error carries the traceback.
+                "while leaving after %s: %s", type(error).__name__, failure
+            )
 
     def _open_saver(self) -> Saver:
         if self._saver is None:
@@ -277,7 +299,9 @@ class CheckpointerCore:
         return self._saver
 
     def _round(self, kind: str, number: int) -> Round:
-        return Round(self._coord, f"{self._prefix}/{kind}/{number}", f"{kind} {number}", self._timeout_s)
+        return Round(
+            self._coord, f"{self._prefix}/{kind}/{number}", f"{kind} {number}", self._timeout_s
+        )
 
     def _forget_before(self, round_: Round) -> None:
         # All ranks came through this round, so nobody reads the one before any more.
@@ -296,26 +320,30 @@ class CheckpointerCore:
             writer, root = self._catalog.take_over()
             opened = _Opened(writer.epoch, writer.owner, writer.name, root.store_id)
             round_.publish("opened", opened)
-            return opened
         except RoundFailedError as failed:
             raise error_named(failed.failure.kind, f"rank 0: {failed.failure.message}") from None
         except Exception as error:
             round_.fail(error)
             raise
+        return opened
 
-    def _choose(self, round_: Round, step: int | None, skip: list[str]) -> tuple[_Chosen, Lease | None]:
+    def _choose(
+        self, round_: Round, step: int | None, skip: list[str]
+    ) -> tuple[_Chosen, Lease | None]:
         try:
             if self._coord.rank != 0:
-                chosen = round_.wait("chosen", _Chosen, what="the coordinator's call of restore()", grace=_GRACE)
+                chosen = round_.wait(
+                    "chosen", _Chosen, what="the coordinator's call of restore()", grace=_GRACE
+                )
                 return chosen, None
             chosen, lease = choose(self._catalog, step, skip)
             round_.publish("chosen", chosen)
-            return chosen, lease
         except RoundFailedError as failed:
             raise error_named(failed.failure.kind, f"rank 0: {failed.failure.message}") from None
         except Exception as error:
             round_.fail(error)
             raise
+        return chosen, lease
 
     def _load(
         self, round_: Round, chosen: _Chosen, lease: Lease | None, state: Any, options: LoadOptions
@@ -344,7 +372,8 @@ class CheckpointerCore:
         if self._coord.rank == 0:
             _logger.info(
                 "step %d: restored in %.2f s, saved on %d ranks, now %d",
-                chosen.step, time.monotonic() - started, restored.world_size, self._coord.world_size,
+                chosen.step, time.monotonic() - started, restored.world_size,
+                self._coord.world_size,
             )  # fmt: skip
             for line in restored.differences:
                 _logger.info("since step %d was saved, %s", chosen.step, line)
@@ -356,13 +385,18 @@ class CheckpointerCore:
     def _ancestry(self, attempt: str) -> list[str]:
         return ancestry_of(self._catalog.newest(), attempt)
 
-    def _with_alternative(self, error: CorruptCheckpointError, skip: list[str]) -> CorruptCheckpointError:
+    def _with_alternative(
+        self, error: CorruptCheckpointError, skip: list[str]
+    ) -> CorruptCheckpointError:
         try:
-            others = [e.step for e in reversed(self._catalog.newest().current) if e.attempt not in skip][1:]
+            others = [
+                e.step for e in reversed(self._catalog.newest().current) if e.attempt not in skip
+            ][1:]
         except ShardckptError:
             others = []
         hint = (
-            f" The newest other step is {others[0]}: restore(step={others[0]}), or fallback=True to take it."
+            f" The newest other step is {others[0]}: restore(step={others[0]}), or fallback=True "
+            "to take it."
             if others
             else " There is no other step."
         )
@@ -379,7 +413,9 @@ def choose(catalog: Catalog, step: int | None, skip: list[str]) -> tuple[_Chosen
         root = catalog.newest()
         if step is None and not root.live and not root.ever:
             return _Chosen("", "", -1, is_empty=True), None
-        visible = msgspec.structs.replace(root, live=[e for e in root.live if e.attempt not in skip])
+        visible = msgspec.structs.replace(
+            root, live=[e for e in root.live if e.attempt not in skip]
+        )
         entry = catalog.find(visible, step)
         lease = catalog.lease(entry.attempt)
         if catalog.newest().entry(entry.attempt) is not None:
@@ -406,7 +442,13 @@ def restored_from(
         differences += describe_differences(before, now)
     metrics = {} if entry is None else entry.metrics
     return Restored(
-        manifest.step, state, manifest.world_size, metrics, decode(saved_config), tuple(differences), stats
+        manifest.step,
+        state,
+        manifest.world_size,
+        metrics,
+        decode(saved_config),
+        tuple(differences),
+        stats,
     )
 
 
@@ -447,10 +489,14 @@ def load_once(
         if coord.rank == 0:
             chosen, lease = choose(catalog, step, [])
             if chosen.is_empty:
-                raise StepNotFoundError(f"{storage.url}: nothing is committed yet")
+                raise StepNotFoundError(  # noqa: TRY301 - told to all ranks below.
+                    f"{storage.url}: nothing is committed yet"
+                )
             round_.publish("chosen", chosen)
         else:
-            chosen = round_.wait("chosen", _Chosen, what="the coordinator's call of load()", grace=_GRACE)
+            chosen = round_.wait(
+                "chosen", _Chosen, what="the coordinator's call of load()", grace=_GRACE
+            )
     except RoundFailedError as failed:
         raise error_named(failed.failure.kind, f"rank 0: {failed.failure.message}") from None
     except Exception as error:
@@ -469,7 +515,7 @@ def load_once(
 
 
 def environment_facts(versions: Mapping[str, str], world_size: int) -> dict[str, str]:
-    """Return what is saved beside the state to explain it later: versions, world size, git commit."""
+    """Return what explains a saved state later: versions, world size, git commit."""
     facts = {"python": platform.python_version(), "world_size": str(world_size), **versions}
     commit = _git_commit()
     if commit:
@@ -491,7 +537,10 @@ class _Renewing:
             self._thread.start()
 
     def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
     ) -> None:
         self._done.set()
         if self._thread is not None and self._lease is not None:
@@ -523,4 +572,3 @@ def _git_commit() -> str:
     except (OSError, subprocess.TimeoutExpired):
         return ""
     return done.stdout.strip() if done.returncode == 0 else ""
-

@@ -1,11 +1,11 @@
-"""Typed errors: every failure of a checkpoint operation is a `ShardckptError` and the fitting builtin.
+"""Typed errors: every failure is a `ShardckptError` and the fitting builtin.
 
 Layer: bottom; imports nothing from the package.
 """
 
 
 class ShardckptError(Exception):
-    """Base of every error about a checkpoint; the message says what failed, where, and what to do."""
+    """Base of every error about a checkpoint; says what failed, where, and what to do."""
 
 
 class StateMismatchError(ShardckptError, ValueError):
@@ -38,7 +38,7 @@ class CorruptCheckpointError(ShardckptError, ValueError):
 
 
 class FormatError(ShardckptError, ValueError):
-    """Stored bytes are not in a format this version reads (other version, unknown feature, nonsense)."""
+    """Stored bytes are not in a format this version reads."""
 
 
 class StorageError(ShardckptError, OSError):

@@ -6,21 +6,24 @@ Layer: native. `SHARDCKPT_PURE_PYTHON=1` chooses the pure path.
 from __future__ import annotations
 
 import os
-from array import array
-from types import ModuleType
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 from shardckpt import pure
+
+if TYPE_CHECKING:
+    from array import array
+    from types import ModuleType
 
 
 def _load() -> ModuleType | None:
     if os.environ.get("SHARDCKPT_PURE_PYTHON", "") not in ("", "0"):
         return None
     try:
-        from shardckpt import _native
+        from shardckpt import _native  # type: ignore[attr-defined]
     except ImportError:
         return None
-    return _native
+    module: ModuleType = _native
+    return module
 
 
 _module = _load()
@@ -29,7 +32,7 @@ _impl: Final = pure if _module is None else _module
 
 
 def crc32c(data: bytes | bytearray | memoryview, initial: int = 0) -> int:
-    """Return the CRC32C (Castagnoli) of `data`, continuing from `initial`, the CRC of the bytes before."""
+    """Return the CRC32C of `data`, continuing from `initial`, the CRC before it."""
     value: int = _impl.crc32c(data, initial)
     return value
 
@@ -45,7 +48,8 @@ def chunk_crcs(rows: array[int], seed: int, chunk_bytes: int) -> bytes:
 
     Args:
         rows: `array('q')` of [address, nbytes, file_offset] per piece of memory.
-        seed: CRC that names the file; the place is the CRC of the chunk's file offset continued from it.
+        seed: CRC that names the file; the place is the CRC of the chunk's file offset continued
+            from it.
         chunk_bytes: Bytes of a chunk; the last one of a row may be short.
 
     Raises:
@@ -79,7 +83,7 @@ def write_full(fd: int, address: int, nbytes: int, offset: int) -> None:
 
 
 def read_full(fd: int, address: int, nbytes: int, offset: int) -> int:
-    """Fill `nbytes` of memory from `offset`; returns fewer only at the end of the file. Without the GIL.
+    """Fill memory from `offset`; returns fewer bytes only at the end of the file.
 
     Raises:
         OSError: The system refused.

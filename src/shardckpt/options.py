@@ -12,8 +12,8 @@ from dataclasses import dataclass
 class Every:
     """When to save: every `steps` steps, every `s` seconds, or whichever comes first.
 
-    The rule by steps is pure. The rule by seconds is decided by the coordinator's clock and announced a few
-    steps ahead, so that every rank saves at the same step.
+    The rule by steps is pure. The rule by seconds is decided by the coordinator's clock and
+    announced a few steps ahead, so that every rank saves at the same step.
     """
 
     steps: int | None = None

@@ -9,9 +9,11 @@ import ctypes
 import itertools
 import os
 import struct
-from array import array
-from collections.abc import Iterator
-from typing import Final, TypeAlias
+from typing import TYPE_CHECKING, Final, TypeAlias
+
+if TYPE_CHECKING:
+    from array import array
+    from collections.abc import Iterator
 
 _POLYNOMIAL: Final = 0x82F63B78
 
@@ -49,7 +51,9 @@ def chunk_crcs(rows: array[int], seed: int, chunk_bytes: int) -> bytes:
         ValueError: The rows are no triples or hold nonsense.
     """
     if len(rows) % 3 or chunk_bytes < 1:
-        raise ValueError("chunk_crcs: rows are not triples [address, nbytes, file_offset], or chunk_bytes < 1")
+        raise ValueError(
+            "chunk_crcs: rows are not triples [address, nbytes, file_offset], or chunk_bytes < 1"
+        )
     out = bytearray()
     for i in range(0, len(rows), 3):
         address, nbytes, offset = rows[i : i + 3]

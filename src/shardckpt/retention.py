@@ -6,16 +6,19 @@ Layer: retention.
 from __future__ import annotations
 
 import math
+from typing import TYPE_CHECKING
 
-from shardckpt.format.root import Entry, Root
-from shardckpt.options import Best, Retention
+if TYPE_CHECKING:
+    from shardckpt.format.root import Entry, Root
+    from shardckpt.options import Best, Retention
 
 
 def to_drop(root: Root, retention: Retention) -> list[str]:
     """Return the attempts that retention lets go, oldest first.
 
-    Pinned steps stay. Of a step saved twice only the newest counts. Abandoned branches go once the current
-    one has `max(2, last)` steps. The log itself keeps two good ones whatever this says (`catalog.log.may_drop`).
+    Pinned steps stay. Of a step saved twice only the newest counts. Abandoned branches go once the
+    current one has `max(2, last)` steps. The log itself keeps two good ones whatever this says
+    (`catalog.log.may_drop`).
     """
     newest: dict[int, Entry] = {entry.step: entry for entry in root.current}
     current = [entry for entry in root.current if newest[entry.step] is entry]
@@ -28,7 +31,9 @@ def to_drop(root: Root, retention: Retention) -> list[str]:
     return [
         entry.attempt
         for entry in root.live
-        if not entry.pinned and entry.attempt not in kept and (drop_abandoned or not entry.abandoned)
+        if not entry.pinned
+        and entry.attempt not in kept
+        and (drop_abandoned or not entry.abandoned)
     ]
 
 

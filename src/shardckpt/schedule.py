@@ -1,20 +1,23 @@
 """When to save, decided alike on every rank.
 
-Layer: schedule (with retention). A rule by steps is pure arithmetic. A rule by seconds is decided by the coordinator
-one window of steps ahead: when it enters a window it announces whether the next one begins with a save, so a rank
-only ever waits for a message that was sent a window ago.
+Layer: schedule (with retention). A rule by steps is pure arithmetic. A rule by seconds is decided
+by the coordinator one window of steps ahead: when it enters a window it announces whether the next
+one begins with a save, so a rank only ever waits for a message that was sent a window ago.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 import msgspec
 
 from shardckpt.coord.base import Coord, wait_for
-from shardckpt.options import Every
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from shardckpt.options import Every
 
 WINDOW_STEPS: Final = 4
 
@@ -24,7 +27,7 @@ class _Due(msgspec.Struct, frozen=True):
 
 
 class Schedule:
-    """Answers `should_save` for one job. Call it once per step, with ascending steps, on every rank."""
+    """Answers `should_save`; called once per step, ascending, on every rank."""
 
     def __init__(
         self,
@@ -77,7 +80,8 @@ class Schedule:
         self._window = window
         is_due = False if is_first else self._announced(window)
         if self._coord.rank == 0:
-            # A save announced for this window restarts the clock, so the next window is judged from it.
+            # A save announced for this window restarts the clock, so the next window is judged from
+            # it.
             elapsed_s = 0.0 if is_due else self._monotonic() - self._saved_at
             self._coord.set(self._key(window + 1), msgspec.json.encode(_Due(elapsed_s >= every_s)))
             self._coord.delete(self._key(window - 2))

@@ -1,20 +1,23 @@
 """Framework-neutral state: what a backend tells the engine about a training state.
 
-Layer: state. A state is arrays (leaves), plain values (objects) and values that differ by rank (per_rank).
+Layer: state. A state is arrays (leaves), plain values (objects) and values that differ by rank
+(per_rank).
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Final, Literal, TypeAlias
+from typing import TYPE_CHECKING, Final, Literal, TypeAlias
 
-from shardckpt.geometry.array_spec import ArraySpec
-from shardckpt.geometry.box import Box, Shape
-from shardckpt.geometry.layout import MeshLayout
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from shardckpt.geometry.array_spec import ArraySpec
+    from shardckpt.geometry.box import Box, Shape
+    from shardckpt.geometry.layout import MeshLayout
 
 PerRankRule: TypeAlias = Literal["error", "rank0", "drop"]
-"""What a restore on another world size does with per-rank values: raise, give every rank that of rank 0,
+"""What another world size does with per-rank values: raise, give all that of rank 0,
 or leave the target as it is."""
 
 PER_RANK_RULES: Final[tuple[PerRankRule, ...]] = ("error", "rank0", "drop")
@@ -99,7 +102,9 @@ class PerRank:
             ValueError: The rule is not one of the three.
         """
         if self.rule not in PER_RANK_RULES:
-            raise ValueError(f"PerRank rule is {self.rule!r}; use one of {', '.join(PER_RANK_RULES)}")
+            raise ValueError(
+                f"PerRank rule is {self.rule!r}; use one of {', '.join(PER_RANK_RULES)}"
+            )
 
 
 @dataclass(frozen=True, slots=True)

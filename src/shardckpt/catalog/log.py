@@ -1,17 +1,19 @@
-"""The protocol of the commit log, free of I/O: generators that yield log operations and receive results.
+"""The protocol of the commit log, free of I/O: generators that yield log operations.
 
-Layer: catalog. The same code runs on a real store (`catalog.store`) and under a model checker that tries every
-interleaving (`tests/catalog`). The protocol:
+Layer: catalog. The same code runs on a real store (`catalog.store`) and under a model checker that
+tries every interleaving (`tests/catalog`). The protocol:
 
-1. Read the newest root: list, get, list. The same name is newest in both lists, else read again; a root
+1. Read the newest root: list, get, list. The same name is newest in both lists, else read again; a
+   root
    that vanished means list again, never an older one; a torn or flipped root is passed over.
 2. Decide from that root alone: already there, lost, fenced, or still open.
-3. Still open: put the next root, numbered one above every existing name, and go to 1. The outcome is what the
+3. Still open: put the next root, numbered one above every existing name, and go to 1. The outcome
+   is what the
    newest root says, never what the put said.
 4. Before anybody acts on a decision, `roots/` is made durable after it was read.
 
-A takeover opens an epoch; commit and abort belong to one; maintain keeps whichever epoch is current, so an
-operator never fences a job.
+A takeover opens an epoch; commit and abort belong to one; maintain keeps whichever epoch is
+current, so an operator never fences a job.
 """
 
 from __future__ import annotations
@@ -127,7 +129,7 @@ def read_newest() -> Generator[LogOp, LogAnswer, Newest | None]:
 
 
 def propose(decide: Decide, build: Build) -> Generator[LogOp, LogAnswer, tuple[Verdict, Root]]:
-    """Bring a change into the log, or learn that it was decided otherwise; the root returned is durable.
+    """Bring a change into the log, or learn that it was decided otherwise; durable on return.
 
     Raises:
         StorageError: Several puts failed in a row and the log does not hold the change.
@@ -136,12 +138,16 @@ def propose(decide: Decide, build: Build) -> Generator[LogOp, LogAnswer, tuple[V
     while True:
         newest = yield from read_newest()
         if newest is None:
-            raise CorruptCheckpointError("the commit log is empty; the store was emptied under a running job")
+            raise CorruptCheckpointError(
+                "the commit log is empty; the store was emptied under a running job"
+            )
         verdict = decide(newest.root)
         if verdict is not None:
             yield SyncRoots()
             return verdict, newest.root
-        root = msgspec.structs.replace(build(newest.root), seq=newest.next_seq, before=newest.digest)
+        root = msgspec.structs.replace(
+            build(newest.root), seq=newest.next_seq, before=newest.digest
+        )
         answer = yield PutRoot(root_name(root.seq), encode_root(root))
         if isinstance(answer, StorageError):
             errors += 1
@@ -167,7 +173,9 @@ def create(first: Root) -> Generator[LogOp, LogAnswer, Root]:
                 raise answer
 
 
-def takeover(owner: str, name: str, nonce: Callable[[], str]) -> Generator[LogOp, LogAnswer, tuple[Verdict, Root]]:
+def takeover(
+    owner: str, name: str, nonce: Callable[[], str]
+) -> Generator[LogOp, LogAnswer, tuple[Verdict, Root]]:
     """Open the next epoch for `owner`; verdict `committed` when it holds, `fenced` when superseded.
 
     Raises:
@@ -178,7 +186,9 @@ def takeover(owner: str, name: str, nonce: Callable[[], str]) -> Generator[LogOp
     while True:
         newest = yield from read_newest()
         if newest is None:
-            raise CorruptCheckpointError("the commit log is empty; the store was emptied under this job")
+            raise CorruptCheckpointError(
+                "the commit log is empty; the store was emptied under this job"
+            )
         root = newest.root
         if root.owner == owner or created:
             yield SyncRoots()
@@ -237,7 +247,9 @@ def commit(
     return (yield from propose(lambda root: decide(root, entry.attempt, writer), build))
 
 
-def abort(writer: Writer, attempt: str, nonce: Callable[[], str]) -> Generator[LogOp, LogAnswer, tuple[Verdict, Root]]:
+def abort(
+    writer: Writer, attempt: str, nonce: Callable[[], str]
+) -> Generator[LogOp, LogAnswer, tuple[Verdict, Root]]:
     """Make sure that `attempt` never commits, unless it already has.
 
     Raises:
@@ -320,7 +332,8 @@ def drop(root: Root, attempts: Collection[str]) -> Root:
             continue
         live.remove(entry)
         live = [
-            msgspec.structs.replace(e, parent=entry.parent) if e.parent == attempt else e for e in live
+            msgspec.structs.replace(e, parent=entry.parent) if e.parent == attempt else e
+            for e in live
         ]
         gone.append(attempt)
     return msgspec.structs.replace(root, live=live, retired=[*root.retired, *gone])
@@ -338,7 +351,9 @@ def _list() -> Generator[LogOp, LogAnswer, list[str]]:
     return sorted(name for name in names if root_seq(name) is not None)
 
 
-def _newest_valid(names: Sequence[str]) -> Generator[LogOp, LogAnswer, tuple[Root, str] | str | None]:
+def _newest_valid(
+    names: Sequence[str],
+) -> Generator[LogOp, LogAnswer, tuple[Root, str] | str | None]:
     """Return the newest valid root and its digest, "vanished", or None where none is valid."""
     for name in reversed(names):
         data = yield GetRoot(name)

@@ -1,11 +1,11 @@
-"""The catalog of one store: runs the log's protocol on storage, sweeps garbage, keeps readers' leases.
+"""The catalog of one store: runs the log's protocol, sweeps garbage, keeps leases.
 
 Layer: catalog. The only module that reads or writes `STORE`, `roots/` and `leases/`.
 
-Sweep: only directories that the newest *durable* root does not name, that are aborted, retired or of an
-earlier epoch, and that no lease names. Leases are listed after that root is durable, so a reader that put its lease
-and then still saw its step live is always seen. A lease is dead when its name has not changed for
-`lease_ttl_s` on the sweeper's own clock.
+Sweep: only directories that the newest *durable* root does not name, that are aborted, retired or
+of an earlier epoch, and that no lease names. Leases are listed after that root is durable, so a
+reader that put its lease and then still saw its step live is always seen. A lease is dead when its
+name has not changed for `lease_ttl_s` on the sweeper's own clock.
 """
 
 from __future__ import annotations
@@ -13,8 +13,7 @@ from __future__ import annotations
 import logging
 import secrets
 import time
-from collections.abc import Callable, Collection, Generator, Sequence
-from typing import Final, TypeVar
+from typing import TYPE_CHECKING, Final, TypeVar
 
 import msgspec
 
@@ -38,7 +37,11 @@ from shardckpt.format.root import (
     decode_store,
     encode_store,
 )
-from shardckpt.storage.base import Storage
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Collection, Generator, Sequence
+
+    from shardckpt.storage.base import Storage
 
 LEASE_TTL_S: Final = 120.0
 _logger = logging.getLogger(__name__)
@@ -108,11 +111,14 @@ class Catalog:
             store = decode_store(self._storage.get(STORE_KEY, MAX_ROOT_BYTES))
         except FileNotFoundError:
             raise StoreNotFoundError(
-                f"{self._storage.url}: no checkpoint store here (no {STORE_KEY} file). Check the path."
+                f"{self._storage.url}: no checkpoint store here (no {STORE_KEY} file). Check the "
+                "path."
             ) from None
         newest = self._run(log.read_newest())
         if newest is None:
-            raise StoreNotFoundError(f"{self._storage.url}: the store is new and holds no roots yet")
+            raise StoreNotFoundError(
+                f"{self._storage.url}: the store is new and holds no roots yet"
+            )
         return self._checked(newest.root, store.store_id)
 
     def take_over(self) -> tuple[log.Writer, Root]:
@@ -125,7 +131,8 @@ class Catalog:
         verdict, root = self._run(log.takeover(owner, self._name, self._nonce))
         if verdict != "committed":
             raise FencedError(
-                f"{self._storage.url}: {root.writer} took over (epoch {root.epoch}) while this job was "
+                f"{self._storage.url}: {root.writer} took over (epoch {root.epoch}) while this "
+                "job was "
                 "opening the store. Two jobs write to one store; stop one of them."
             )
         return log.Writer(root.epoch, owner, self._name), root
@@ -175,7 +182,8 @@ class Catalog:
             if entry.pinned == pinned:
                 return None
             live = [
-                msgspec.structs.replace(e, pinned=pinned) if e.attempt == attempt else e for e in root.live
+                msgspec.structs.replace(e, pinned=pinned) if e.attempt == attempt else e
+                for e in root.live
             ]
             return msgspec.structs.replace(root, live=live)
 
@@ -191,7 +199,7 @@ class Catalog:
         return self._run(log.maintain(self._name, change, self._nonce))
 
     def sweep(self) -> list[str]:
-        """Delete what no reader can see any more: dead attempts and old roots. Returns attempts deleted.
+        """Delete dead attempts and old roots; return the attempts deleted.
 
         Raises:
             StorageError: A removal failed; calling again goes on.
@@ -217,7 +225,7 @@ class Catalog:
         return gone
 
     def find(self, root: Root, step: int | None) -> Entry:
-        """Return the entry to restore: the latest, or the newest of one step, abandoned ones included.
+        """Return the entry to restore: the latest, or the newest of one step.
 
         Raises:
             StepNotFoundError: There is none; lists what is there.
@@ -228,7 +236,9 @@ class Catalog:
             entry = next((e for e in reversed(root.live) if e.step == step), None)
         if entry is None:
             steps = [e.step for e in root.live]
-            wanted = "no step of the current branch" if step is None else f"step {step} is not committed"
+            wanted = (
+                "no step of the current branch" if step is None else f"step {step} is not committed"
+            )
             raise StepNotFoundError(f"{self._storage.url}: {wanted}; committed steps are {steps}")
         return entry
 
@@ -260,7 +270,8 @@ class Catalog:
     def _checked(self, root: Root, store_id: str) -> Root:
         if root.store_id != store_id:
             raise CorruptCheckpointError(
-                f"{self._storage.url}: roots belong to store {root.store_id}, {STORE_KEY} says {store_id}. "
+                f"{self._storage.url}: roots belong to store {root.store_id}, {STORE_KEY} says "
+                f"{store_id}. "
                 "Two stores were copied into one directory."
             )
         return root
@@ -297,7 +308,7 @@ class Catalog:
 
 
 class Lease:
-    """One reader's promise-me-this-stays; renewed under a new name, so that only change is observed."""
+    """One reader's lease, renewed under a new name, so that only change is observed."""
 
     def __init__(self, storage: Storage, attempt: str, reader: str) -> None:
         """Name the attempt and the reader; nothing is written yet."""

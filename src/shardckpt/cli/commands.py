@@ -1,24 +1,28 @@
 """What the commands do: read a store, return text for people and data for programs.
 
-Layer: cli. Reads without taking the store over; nothing is written but a lease where the store allows it.
+Layer: cli. Reads without taking the store over; nothing is written but a lease where the store
+allows it.
 """
 
 from __future__ import annotations
 
 import datetime
 import fnmatch
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 
 from shardckpt.catalog.store import Catalog
 from shardckpt.errors import CorruptCheckpointError, FormatError, StorageError
-from shardckpt.format.root import Entry
 from shardckpt.load.open import OpenCheckpoint
 from shardckpt.load.verify import Verified, verify_checkpoint
 from shardckpt.storage.open import open_storage
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from shardckpt.format.root import Entry
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,14 +44,17 @@ def list_steps(url: str) -> Report:
     latest = root.latest
     rows = [
         [
-            str(e.step), _size(e.nbytes), str(e.world_size), _when(e.saved_unix_s), _marks(e, latest),
-            " ".join(f"{k}={v:.6g}" for k, v in e.metrics.items()),
+            str(e.step), _size(e.nbytes), str(e.world_size), _when(e.saved_unix_s), _marks(e,
+            latest), " ".join(f"{k}={v:.6g}" for k, v in e.metrics.items()),
         ]
         for e in root.live
     ]  # fmt: skip
     heads = ["step", "size", "ranks", "saved", "", "metrics"]
     text = _table(heads, rows) if rows else f"{url}: no committed steps"
-    return Report(text, {"store": url, "epoch": root.epoch, "steps": [_entry_data(e, latest) for e in root.live]})
+    return Report(
+        text,
+        {"store": url, "epoch": root.epoch, "steps": [_entry_data(e, latest) for e in root.live]},
+    )
 
 
 def inspect_step(url: str, step: int | None, *, keys: str) -> Report:
@@ -62,16 +69,20 @@ def inspect_step(url: str, step: int | None, *, keys: str) -> Report:
     checkpoint = OpenCheckpoint(catalog.storage, entry.attempt, entry.manifest)
     manifest = checkpoint.manifest
     shown = [t for t in checkpoint.tensors.values() if fnmatch.fnmatchcase(t.key, keys)]
-    rows = [[t.key, t.spec.dtype, str(list(t.spec.shape)), _size(t.spec.nbytes), t.role] for t in shown]
+    rows = [
+        [t.key, t.spec.dtype, str(list(t.spec.shape)), _size(t.spec.nbytes), t.role] for t in shown
+    ]
     total = sum(t.spec.nbytes for t in checkpoint.tensors.values())
     head = [
         f"step {manifest.step} of {url}",
-        f"saved on {manifest.world_size} ranks by {manifest.framework}, {_when(entry.saved_unix_s)}",
-        f"{len(manifest.keys)} arrays, {_size(total)}; {sum(manifest.files.counts)} files, {_size(entry.nbytes)}",
+        f"saved on {manifest.world_size} ranks by {manifest.framework}, "
+        f"{_when(entry.saved_unix_s)}",
+        f"{len(manifest.keys)} arrays, {_size(total)}; {sum(manifest.files.counts)} files, "
+        f"{_size(entry.nbytes)}",
         *(f"{name}: {value}" for name, value in sorted(manifest.environment.items())),
         f"config: {msgspec.json.encode(manifest.config).decode()}",
         f"values: {', '.join(sorted(manifest.objects)) or 'none'}",
-        f"per rank: {', '.join(f'{k} ({rule})' for k, rule in sorted(manifest.per_rank.items())) or 'none'}",
+        f"per rank: {', '.join(f'{k} ({r})' for k, r in manifest.per_rank.items()) or 'none'}",
     ]
     data = {
         "store": url,
@@ -83,10 +94,13 @@ def inspect_step(url: str, step: int | None, *, keys: str) -> Report:
         "per_rank": manifest.per_rank,
         "aliases": manifest.aliases,
         "arrays": [
-            {"key": t.key, "dtype": t.spec.dtype, "shape": list(t.spec.shape), "role": t.role} for t in shown
+            {"key": t.key, "dtype": t.spec.dtype, "shape": list(t.spec.shape), "role": t.role}
+            for t in shown
         ],
     }
-    return Report("\n".join(head) + "\n\n" + _table(["key", "dtype", "shape", "size", "role"], rows), data)
+    return Report(
+        "\n".join(head) + "\n\n" + _table(["key", "dtype", "shape", "size", "role"], rows), data
+    )
 
 
 def verify_steps(url: str, step: int | None, *, quick: bool) -> Report:
@@ -110,10 +124,17 @@ def verify_steps(url: str, step: int | None, *, quick: bool) -> Report:
                 lease.release()
         is_corrupt |= bool(found.problems)
         state = "CORRUPT" if found.problems else "ok"
-        lines.append(f"step {entry.step}: {state}, {_size(found.nbytes)} in {found.num_files} files checked")
+        lines.append(
+            f"step {entry.step}: {state}, {_size(found.nbytes)} in {found.num_files} files checked"
+        )
         lines += [f"  {problem}" for problem in found.problems]
         results.append(
-            {"step": entry.step, "ok": not found.problems, "bytes": found.nbytes, "problems": list(found.problems)}
+            {
+                "step": entry.step,
+                "ok": not found.problems,
+                "bytes": found.nbytes,
+                "problems": list(found.problems),
+            }
         )
     text = "\n".join(lines) if lines else f"{url}: no committed steps"
     return Report(text, {"store": url, "steps": results}, is_corrupt)
@@ -150,7 +171,10 @@ def _marks(entry: Entry, latest: Entry | None) -> str:
 
 def _table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     widths = [max(len(row[i]) for row in (heads, *rows)) for i in range(len(heads))]
-    lines = ["  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip() for row in (heads, *rows)]
+    lines = [
+        "  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip()
+        for row in (heads, *rows)
+    ]
     return "\n".join(lines)
 
 

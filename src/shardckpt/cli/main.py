@@ -1,6 +1,7 @@
 """Arguments, exit codes and dispatch of the command line.
 
-Layer: cli. Imports neither torch nor jax. Exit codes: 0 ok, 1 error, 2 usage, 3 not found, 4 corrupt.
+Layer: cli. Imports neither torch nor jax. Exit codes: 0 ok, 1 error, 2 usage, 3 not found, 4
+corrupt.
 """
 
 from __future__ import annotations
@@ -8,8 +9,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Sequence
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 from shardckpt import __version__
 from shardckpt.cli.commands import Report, inspect_step, list_steps, verify_steps
@@ -19,6 +19,9 @@ from shardckpt.errors import (
     StepNotFoundError,
     StoreNotFoundError,
 )
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
 
 OK: Final = 0
 ERROR: Final = 1

@@ -1,16 +1,18 @@
 """How ranks agree: a key-value store with deadlines. No collectives.
 
-Layer: coord. Values are small bounded bytes. Every wait has a name and a deadline, and watches an abort
-key so that the first error of any rank ends every wait.
+Layer: coord. Values are small bounded bytes. Every wait has a name and a deadline, and watches an
+abort key so that the first error of any rank ends every wait.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
-from typing import Final, Protocol
+from typing import TYPE_CHECKING, Final, Protocol
 
 from shardckpt.errors import DeadlineError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 _POLL_FIRST_S: Final = 0.0005
 _POLL_MOST_S: Final = 0.02

@@ -1,7 +1,7 @@
 """One job's messages over the key-value store: typed, namespaced, with named waits.
 
-Layer: coord. Message `topic/rank` of round `n` lives under `<job>/<kind>/<n>/`. The first failure of any rank
-is published under `error` of its round and ends every wait of that round.
+Layer: coord. Message `topic/rank` of round `n` lives under `<job>/<kind>/<n>/`. The first failure
+of any rank is published under `error` of its round and ends every wait of that round.
 """
 
 from __future__ import annotations
@@ -82,7 +82,8 @@ class Round:
             topic: Its topic.
             kind: Its type.
             what: Name of the wait.
-            grace: Factor on the deadline; ranks that wait for the coordinator give it a little longer.
+            grace: Factor on the deadline; ranks that wait for the coordinator give it a little
+                longer.
             heed_errors: Whether another rank's failure ends the wait.
 
         Raises:
@@ -134,7 +135,8 @@ class Round:
                     r for r in range(rank, self.world_size) if self._get(f"{topic}/{r}") is None
                 ]
                 raise DeadlineError(
-                    f"{self.what}: no {what} from rank {_listed(absent)} of {self.world_size} within "
+                    f"{self.what}: no {what} from rank {_listed(absent)} of {self.world_size} "
+                    "within "
                     f"{self._timeout_s:g} s. {hint}"
                 ) from None
             self._topics.add(f"{topic}/{rank}")

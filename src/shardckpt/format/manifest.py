@@ -1,8 +1,9 @@
 """The manifest: one checkpoint described completely in O(tensors + ranks). Bytes <-> dataclasses.
 
-Layer: format. Tensors and files are columns. A layout is written once and says in closed form which rank holds
-which box (`geometry.layout`); irregular ones list their boxes. Where equal copies exist, `owners` says who wrote
-a tensor: the index of one replica, or -1 where each replica wrote its share of every shard's bytes.
+Layer: format. Tensors and files are columns. A layout is written once and says in closed form which
+rank holds which box (`geometry.layout`); irregular ones list their boxes. Where equal copies exist,
+`owners` says who wrote a tensor: the index of one replica, or -1 where each replica wrote its share
+of every shard's bytes.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ MAX_RANKS: Final = 1 << 20
 SPLIT: Final = -1
 _MAX_ELEMENTS: Final = 1 << 62
 
+
 class MeshColumn(msgspec.Struct, frozen=True, tag="mesh", tag_field="kind"):
     """A `MeshLayout`; `ranks` as `[start, stop)` runs, flattened."""
 
@@ -36,11 +38,13 @@ class MeshColumn(msgspec.Struct, frozen=True, tag="mesh", tag_field="kind"):
     rank_runs: list[int]
     cuts: list[list[int]]
 
+
 class BoxColumn(msgspec.Struct, frozen=True, tag="boxes", tag_field="kind"):
     """A `BoxLayout`: offsets and shapes of all boxes in one list, ranks of each box."""
 
     boxes: list[int]
     ranks: list[list[int]]
+
 
 class Files(msgspec.Struct, frozen=True, kw_only=True):
     """Every shard file, in columns; names follow from rank and number within the rank.
@@ -58,6 +62,7 @@ class Files(msgspec.Struct, frozen=True, kw_only=True):
     table_offsets: list[int]
     table_bytes: list[int]
     digests: str
+
 
 class Manifest(msgspec.Struct, frozen=True, kw_only=True):
     """One checkpoint.
@@ -106,6 +111,7 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True):
     config: msgspec.Raw
     environment: dict[str, str]
 
+
 @dataclass(frozen=True, slots=True)
 class SavedTensor:
     """One array as the manifest describes it."""
@@ -115,6 +121,7 @@ class SavedTensor:
     role: str
     layout: Layout
     owner: int
+
 
 @dataclass(frozen=True, slots=True)
 class FileRecord:
@@ -127,6 +134,7 @@ class FileRecord:
     table_bytes: int
     digest: str
 
+
 def shard_key(attempt: str, rank: int, number: int, world_size: int) -> str:
     """Return the storage key of a shard file; large jobs use one sub-directory per 256 ranks.
 
@@ -136,10 +144,12 @@ def shard_key(attempt: str, rank: int, number: int, world_size: int) -> str:
     name = f"rank-{rank:05d}.{number}.shard"
     return f"{attempt}/{name}" if world_size <= 256 else f"{attempt}/ranks-{rank // 256:05d}/{name}"
 
+
 def encode_manifest(manifest: Manifest) -> tuple[bytes, str]:
     """Return the bytes of a manifest and the digest by which the root names it."""
     data = seal(manifest)
     return data, digest(data)
+
 
 def decode_manifest(data: bytes, what: str) -> Manifest:
     """Return a manifest after checking that its columns agree.
@@ -154,6 +164,7 @@ def decode_manifest(data: bytes, what: str) -> Manifest:
     if problem:
         raise FormatError(f"{what}: {problem}")
     return manifest
+
 
 def tensors(manifest: Manifest, what: str = "manifest") -> dict[str, SavedTensor]:
     """Return every array by key.
@@ -174,6 +185,7 @@ def tensors(manifest: Manifest, what: str = "manifest") -> dict[str, SavedTensor
         for key, dtype, shape, role, layout_id, owner in columns
     }
 
+
 def file_records(manifest: Manifest) -> list[list[FileRecord]]:
     """Return the files of each rank."""
     files = manifest.files
@@ -185,20 +197,28 @@ def file_records(manifest: Manifest) -> list[list[FileRecord]]:
             digest_hex = files.digests[32 * index : 32 * (index + 1)]
             of_rank.append(
                 FileRecord(
-                    rank, number, files.sizes[index], files.table_offsets[index],
-                    files.table_bytes[index], digest_hex,
-                )  # fmt: skip
+                    rank,
+                    number,
+                    files.sizes[index],
+                    files.table_offsets[index],
+                    files.table_bytes[index],
+                    digest_hex,
+                )
             )
             index += 1
         records.append(of_rank)
     return records
 
+
 def layout_column(layout: Layout) -> MeshColumn | BoxColumn:
     """Return the manifest's form of a layout."""
     if isinstance(layout, MeshLayout):
-        return MeshColumn(list(layout.mesh_shape), _runs(layout.ranks), [list(c) for c in layout.cuts])
+        return MeshColumn(
+            list(layout.mesh_shape), _runs(layout.ranks), [list(c) for c in layout.cuts]
+        )
     boxes = [n for box in layout.boxes for n in (*box.offsets, *box.shape)]
     return BoxColumn(boxes, [list(r) for r in layout.ranks])
+
 
 def _layout(column: MeshColumn | BoxColumn, manifest: Manifest, layout_id: int) -> Layout:
     if isinstance(column, MeshColumn):
@@ -208,7 +228,9 @@ def _layout(column: MeshColumn | BoxColumn, manifest: Manifest, layout_id: int) 
             for rank in range(start, min(stop, start + MAX_RANKS))
         )
         if any(not 0 <= rank < manifest.world_size for rank in ranks):
-            raise ValueError(f"layout {layout_id} names a rank outside the world of {manifest.world_size}")
+            raise ValueError(
+                f"layout {layout_id} names a rank outside the world of {manifest.world_size}"
+            )
         return MeshLayout(tuple(column.shape), ranks, tuple(tuple(c) for c in column.cuts))
     users = [i for i, used in enumerate(manifest.layout_ids) if used == layout_id]
     num_dims = len(manifest.shapes[users[0]]) if users else 0
@@ -219,8 +241,11 @@ def _layout(column: MeshColumn | BoxColumn, manifest: Manifest, layout_id: int) 
         numbers = column.boxes[2 * num_dims * i : 2 * num_dims * (i + 1)]
         boxes.append(Box(tuple(numbers[:num_dims]), tuple(numbers[num_dims:])))
     if any(not 0 <= r < manifest.world_size for ranks in column.ranks for r in ranks):
-        raise ValueError(f"layout {layout_id} names a rank outside the world of {manifest.world_size}")
+        raise ValueError(
+            f"layout {layout_id} names a rank outside the world of {manifest.world_size}"
+        )
     return BoxLayout(tuple(boxes), tuple(tuple(r) for r in column.ranks))
+
 
 @lru_cache(maxsize=64)
 def _runs_cached(ranks: tuple[int, ...]) -> tuple[int, ...]:
@@ -232,18 +257,29 @@ def _runs_cached(ranks: tuple[int, ...]) -> tuple[int, ...]:
             runs += [rank, rank + 1]
     return tuple(runs)
 
+
 def _runs(ranks: tuple[int, ...]) -> list[int]:
     return list(_runs_cached(ranks))
+
 
 def _problem(manifest: Manifest) -> str | None:
     """Say what contradicts in a manifest, or None."""
     num = len(manifest.keys)
-    columns = (manifest.dtypes, manifest.shapes, manifest.roles, manifest.layout_ids, manifest.owners)
+    columns = (
+        manifest.dtypes,
+        manifest.shapes,
+        manifest.roles,
+        manifest.layout_ids,
+        manifest.owners,
+    )
     if any(len(column) != num for column in columns):
         return "the tensor columns differ in length"
     if len(set(manifest.keys)) != num:
         return "a key is listed twice"
-    if not 1 <= manifest.world_size <= MAX_RANKS or len(manifest.files.counts) != manifest.world_size:
+    if (
+        not 1 <= manifest.world_size <= MAX_RANKS
+        or len(manifest.files.counts) != manifest.world_size
+    ):
         return f"{len(manifest.files.counts)} ranks have files, the world has {manifest.world_size}"
     unknown = sorted(set(manifest.dtypes) - ITEMSIZE_BYTES.keys())
     if unknown:
@@ -257,10 +293,15 @@ def _problem(manifest: Manifest) -> str | None:
         return f"unknown per-rank rules {sorted(set(manifest.per_rank.values()))}"
     files = manifest.files
     total = sum(files.counts)
-    if any(count < 0 for count in files.counts) or any(
-        len(column) != total for column in (files.sizes, files.table_offsets, files.table_bytes)
-    ) or len(files.digests) != 32 * total:
+    if (
+        any(count < 0 for count in files.counts)
+        or any(
+            len(column) != total for column in (files.sizes, files.table_offsets, files.table_bytes)
+        )
+        or len(files.digests) != 32 * total
+    ):
         return "the file columns differ in length"
     return None
+
 
 VERSION: Final = FORMAT_VERSION

@@ -1,4 +1,4 @@
-"""Roots: the entries of the commit log, each with the full state of the store. Bytes <-> dataclasses.
+"""Roots: the entries of the commit log, each with the full state of the store.
 
 Layer: format. See docs/FORMAT.md for the fields and catalog.py for the protocol.
 """
@@ -128,7 +128,7 @@ def attempt_name(step: int, epoch: int, random_hex: str) -> str:
 
 
 def attempt_parts(name: str) -> tuple[int, int] | None:
-    """Return `(step, epoch)` of an attempt directory, or None where the name is not an attempt's."""
+    """Return `(step, epoch)` of an attempt directory, or None for another name."""
     match = _ATTEMPT_NAME.fullmatch(name)
     return (int(match[1]), int(match[2])) if match else None
 
@@ -188,6 +188,8 @@ def check_version(version: int, features: list[str], what: str) -> None:
     unknown = sorted(set(features) - KNOWN_FEATURES)
     if version != FORMAT_VERSION or unknown:
         raise FormatError(
-            f"{what}: format {version} with features {features}; this version of shardckpt reads format "
-            f"{FORMAT_VERSION} with features {sorted(KNOWN_FEATURES)}. Read it with a newer shardckpt."
+            f"{what}: format {version} with features {features}; this version of shardckpt reads "
+            "format "
+            f"{FORMAT_VERSION} with features {sorted(KNOWN_FEATURES)}. Read it with a newer "
+            "shardckpt."
         )

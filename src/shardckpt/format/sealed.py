@@ -1,7 +1,7 @@
-"""Sealed JSON: a small document with its own SHA-256, so that a torn or flipped one is never believed.
+"""Sealed JSON: a small document with its own SHA-256; a torn one is never believed.
 
-Layer: format. On disk: `{"sha256":"<64 hex digits>","body":<canonical JSON>}` and one newline. The digest is
-of the bytes of `body` exactly as written, so a reader hashes what it parses.
+Layer: format. On disk: `{"sha256":"<64 hex digits>","body":<canonical JSON>}` and one newline. The
+digest is of the bytes of `body` exactly as written, so a reader hashes what it parses.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ T = TypeVar("T")
 
 
 def digest(data: bytes) -> str:
-    """Return the short digest (first 16 bytes of SHA-256, hex) that one document keeps of another."""
+    """Return the digest one document keeps of another: 16 bytes of SHA-256, hex."""
     return hashlib.sha256(data).hexdigest()[: 2 * DIGEST_BYTES]
 
 
@@ -60,5 +60,10 @@ def unseal(data: bytes, kind: type[T], *, what: str) -> T:
         raise CorruptCheckpointError(f"{what}: SHA-256 is {found}, the file says {said}")
     try:
         return msgspec.json.decode(body, type=kind)
-    except (msgspec.DecodeError, msgspec.ValidationError, RecursionError, UnicodeDecodeError) as error:
+    except (
+        msgspec.DecodeError,
+        msgspec.ValidationError,
+        RecursionError,
+        UnicodeDecodeError,
+    ) as error:
         raise FormatError(f"{what}: {error}") from error

@@ -1,9 +1,10 @@
-"""Shard files: one rank's bytes, with a header, a table and a trailer. Bytes <-> dataclasses, no I/O.
+"""Shard files: one rank's bytes, with a header, a table and a trailer.
 
-Layer: format. `header (4096 B) | payloads | table | trailer (64 B)`, see docs/FORMAT.md. All offsets are known
-before the first byte is written, so nothing is written back. A payload is a byte range of one box of one
-array, in C order. Each 64 KiB chunk of a payload has a CRC32C, XORed with the CRC32C of (attempt, rank, file
-number, file offset), so bytes that are right but in the wrong place are found too.
+Layer: format. `header (4096 B) | payloads | table | trailer (64 B)`, see docs/FORMAT.md. All
+offsets are known before the first byte is written, so nothing is written back. A payload is a byte
+range of one box of one array, in C order. Each 64 KiB chunk of a payload has a CRC32C, XORed with
+the CRC32C of (attempt, rank, file number, file offset), so bytes that are right but in the wrong
+place are found too.
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ _MAX_INT: Final = (1 << 63) - 1
 
 
 class Table(msgspec.Struct, frozen=True, kw_only=True):
-    """What lies where in one shard file, in columns; also everything needed to rebuild the manifest.
+    """What lies where in one shard file, in columns; enough to rebuild the manifest.
 
     Attributes:
         format: Version of the format.
@@ -126,7 +127,9 @@ def decode_trailer(data: bytes, file_bytes: int, what: str) -> tuple[int, int, s
     """
     parts = data[: _TRAILER.size]
     if len(data) != TRAILER_BYTES or parts[:8] != _TRAILER_MAGIC:
-        raise CorruptCheckpointError(f"{what}: no trailer at the end of {file_bytes} bytes; truncated or extended")
+        raise CorruptCheckpointError(
+            f"{what}: no trailer at the end of {file_bytes} bytes; truncated or extended"
+        )
     _, offset, nbytes, table_digest, crc = _TRAILER.unpack(parts)
     if native.crc32c(parts[:-4]) != crc or any(data[_TRAILER.size :]):
         raise CorruptCheckpointError(f"{what}: the trailer's checksum does not match")
@@ -137,7 +140,9 @@ def decode_trailer(data: bytes, file_bytes: int, what: str) -> tuple[int, int, s
     return offset, nbytes, table_digest.decode("ascii", "replace")
 
 
-def decode_table(data: bytes, *, table_digest: str, attempt: str, rank: int, file: int, what: str) -> Table:
+def decode_table(
+    data: bytes, *, table_digest: str, attempt: str, rank: int, file: int, what: str
+) -> Table:
     """Return a table after checking everything that can be checked without the payloads.
 
     Raises:
@@ -146,7 +151,9 @@ def decode_table(data: bytes, *, table_digest: str, attempt: str, rank: int, fil
     """
     found = digest(data)
     if found != table_digest:
-        raise CorruptCheckpointError(f"{what}: the table's digest is {found}, expected {table_digest}")
+        raise CorruptCheckpointError(
+            f"{what}: the table's digest is {found}, expected {table_digest}"
+        )
     try:
         table = msgspec.json.decode(data, type=Table)
     except (msgspec.DecodeError, msgspec.ValidationError, RecursionError) as error:

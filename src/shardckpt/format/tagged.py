@@ -1,7 +1,8 @@
 """Tagged JSON: plain Python values that come back exactly as they were. No pickle, no code.
 
-Layer: format. JSON scalars, lists and string-keyed dicts stand for themselves. Everything else is an object
-with a `$` field: tuples, sets, bytes, non-string keys, special floats, Counter, OrderedDict, complex, numpy arrays.
+Layer: format. JSON scalars, lists and string-keyed dicts stand for themselves. Everything else is
+an object with a `$` field: tuples, sets, bytes, non-string keys, special floats, Counter,
+OrderedDict, complex, numpy arrays.
 """
 
 from __future__ import annotations
@@ -10,19 +11,25 @@ import base64
 import math
 from collections import Counter, OrderedDict, deque
 from collections.abc import Callable
-from typing import Final, TypeAlias
+from typing import Any, Final, TypeAlias
 
 import numpy as np
 
 from shardckpt.errors import FormatError, UnsupportedStateError
 
-Json: TypeAlias = "None | bool | int | float | str | list[Json] | dict[str, Json]"
+Json: TypeAlias = "bool | int | float | str | list[Json] | dict[str, Json] | None"
 Encode: TypeAlias = Callable[[object, str], object | None]
 Decode: TypeAlias = Callable[[object], object]
 
 MAX_DEPTH: Final = 64
 _INT_BITS: Final = 63
 _ARRAY_KINDS: Final = "biufc"
+_SEQUENCES: Final[dict[type, str]] = {
+    tuple: "tuple",
+    set: "set",
+    frozenset: "frozenset",
+    deque: "deque",
+}
 
 
 def encode(value: object, path: str, *, extension: Encode | None = None, _depth: int = 0) -> Json:
@@ -56,7 +63,7 @@ def encode(value: object, path: str, *, extension: Encode | None = None, _depth:
     if isinstance(value, dict) and kind in (dict, OrderedDict, Counter):
         return _encode_dict(value, inner)
     if isinstance(value, (tuple, set, frozenset, deque)):
-        named = {tuple: "tuple", set: "set", frozenset: "frozenset", deque: "deque"}.get(kind)
+        named = _SEQUENCES.get(kind)
         if named is not None:
             items = sorted(value, key=repr) if isinstance(value, (set, frozenset)) else value
             encoded: dict[str, Json] = {"$": named, "v": [inner(x, i) for i, x in enumerate(items)]}
@@ -74,7 +81,8 @@ def encode(value: object, path: str, *, extension: Encode | None = None, _depth:
         if extended is not None:
             return {"$": "x", "v": extended}  # type: ignore[dict-item]
     raise UnsupportedStateError(
-        f"{path}: a {kind.__module__}.{kind.__qualname__} cannot be stored exactly. Keep plain values, "
+        f"{path}: a {kind.__module__}.{kind.__qualname__} cannot be stored exactly. Keep plain "
+        "values, "
         "arrays and tensors in the state, or give the object state_dict() and load_state_dict()."
     )
 
@@ -107,7 +115,7 @@ def _encode_dict(value: dict[object, object], inner: Callable[[object, object], 
     return {"$": named or "dict", "v": pairs}
 
 
-def _encode_array(value: np.ndarray | np.generic) -> Json:  # type: ignore[type-arg]
+def _encode_array(value: np.ndarray | np.generic) -> Json:
     array = np.asarray(value)
     little = np.ascontiguousarray(array.astype(array.dtype.newbyteorder("<"), copy=False))
     return {
@@ -129,18 +137,18 @@ def _decode_array(value: dict[str, object]) -> object:
 
 
 def _decode_tag(
-    value: dict[str, object], inner: Decode, extension: Decode | None
+    value: dict[str, Any], inner: Callable[[object], Any], extension: Decode | None
 ) -> object:
     tag, content = value["$"], value["v"]
     if tag in ("dict", "OrderedDict", "Counter"):
-        pairs = [(inner(k), inner(v)) for k, v in content]  # type: ignore[attr-defined]
+        pairs = [(inner(k), inner(v)) for k, v in content]
         if tag == "Counter":
             return Counter(dict(pairs))
         return OrderedDict(pairs) if tag == "OrderedDict" else dict(pairs)
     if tag in ("tuple", "set", "frozenset", "deque"):
-        items = [inner(item) for item in content]  # type: ignore[attr-defined]
+        items = [inner(item) for item in content]
         if tag == "deque":
-            return deque(items, maxlen=value.get("maxlen"))  # type: ignore[arg-type]
+            return deque(items, maxlen=value.get("maxlen"))
         return {"tuple": tuple, "set": set, "frozenset": frozenset}[tag](items)
     if tag in ("bytes", "bytearray"):
         data = base64.b64decode(str(content), validate=True)
@@ -150,7 +158,7 @@ def _decode_tag(
     if tag == "float":
         return float(str(content))
     if tag == "complex":
-        real, imag = (inner(part) for part in content)  # type: ignore[attr-defined]
+        real, imag = (inner(part) for part in content)
         return complex(real, imag)
     if tag in ("ndarray", "scalar"):
         return _decode_array(value)

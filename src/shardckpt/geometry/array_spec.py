@@ -7,9 +7,12 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-from shardckpt.geometry.box import Shape
 from shardckpt.geometry.dtypes import itemsize_bytes
+
+if TYPE_CHECKING:
+    from shardckpt.geometry.box import Shape
 
 
 @dataclass(frozen=True, slots=True)

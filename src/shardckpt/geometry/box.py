@@ -13,7 +13,7 @@ Shape = tuple[int, ...]
 
 @dataclass(frozen=True, slots=True)
 class Box:
-    """The region `[offsets, offsets + shape)` of an array, in elements; 0-dim boxes hold one element."""
+    """The region `[offsets, offsets + shape)` of an array, in elements."""
 
     offsets: Shape
     shape: Shape
@@ -49,7 +49,9 @@ class Box:
         """
         if not outer.contains(self):
             raise ValueError(f"{self} does not lie inside {outer}")
-        return Box(tuple(a - b for a, b in zip(self.offsets, outer.offsets, strict=True)), self.shape)
+        return Box(
+            tuple(a - b for a, b in zip(self.offsets, outer.offsets, strict=True)), self.shape
+        )
 
     def contains(self, other: Box) -> bool:
         """Return whether `other` lies inside this box."""

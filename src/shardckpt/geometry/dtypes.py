@@ -1,6 +1,7 @@
 """Canonical dtype names and the bytes one element takes.
 
-Layer: geometry (integers only). Names are those of ml_dtypes and numpy; both frameworks map onto them.
+Layer: geometry (integers only). Names are those of ml_dtypes and numpy; both frameworks map onto
+them.
 """
 
 from __future__ import annotations

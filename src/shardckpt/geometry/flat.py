@@ -1,7 +1,7 @@
 """Cut a contiguous range of a C-order array into boxes.
 
-Layer: geometry (integers only). Flat shards (FSDP1) and byte shares of a box are such ranges. The idea of writing
-them as a few boxes, without communication, is ByteCheckpoint's (NSDI 2025).
+Layer: geometry (integers only). Flat shards (FSDP1) and byte shares of a box are such ranges. The
+idea of writing them as a few boxes, without communication, is ByteCheckpoint's (NSDI 2025).
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """How one array lies on the ranks of a mesh, in closed form.
 
-Layer: geometry (integers only). A dim may be cut by several mesh axes, one after the other; each cut is
-a ceil-chunk, so that the last shards may be short or empty. This is what FSDP2 does, what TP followed by
-FSDP does (tensor-parallel axis first: torch writes it as a strided shard), and what JAX's PartitionSpec means.
-Axes that cut nothing hold replicas.
+Layer: geometry (integers only). A dim may be cut by several mesh axes, one after the other; each
+cut is a ceil-chunk, so that the last shards may be short or empty. This is what FSDP2 does, what TP
+followed by FSDP does (tensor-parallel axis first: torch writes it as a strided shard), and what
+JAX's PartitionSpec means. Axes that cut nothing hold replicas.
 """
 
 from __future__ import annotations
@@ -11,11 +11,14 @@ from __future__ import annotations
 import itertools
 import math
 from bisect import bisect_left, bisect_right
-from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
+from typing import TYPE_CHECKING
 
 from shardckpt.geometry.box import Box, Shape
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
 
 
 @dataclass(frozen=True)
@@ -88,7 +91,8 @@ class MeshLayout:
     def shards_touching(self, wanted: Box, shape: Shape) -> Iterator[tuple[Box, tuple[int, ...]]]:
         """Yield `(box, ranks)` of every non-empty shard that meets `wanted`.
 
-        `ranks[i]` holds replica `i` of that shard. Cost grows with the shards met, not with the mesh.
+        `ranks[i]` holds replica `i` of that shard. Cost grows with the shards met, not with the
+        mesh.
         """
         per_dim: list[list[tuple[int, int, tuple[int, ...]]]] = []
         for dim, size in enumerate(shape):
@@ -106,7 +110,8 @@ class MeshLayout:
             yield box, self._ranks_where(fixed)
 
     def _ranks_where(self, fixed: dict[int, int]) -> tuple[int, ...]:
-        # A cut beyond the array's dims (a 0-dim array under a sharded layout) does not occur: layouts
+        # A cut beyond the array's dims (a 0-dim array under a sharded layout) does not occur:
+        # layouts
         # are made per array.
         ranks: list[int] = []
         for replica in itertools.product(*(range(self.mesh_shape[a]) for a in self.replica_axes)):
@@ -135,7 +140,7 @@ class BoxLayout:
     boxes: tuple[Box, ...]
     ranks: tuple[tuple[int, ...], ...]
 
-    def shards_touching(self, wanted: Box, shape: Shape) -> Iterator[tuple[Box, tuple[int, ...]]]:  # noqa: ARG002
+    def shards_touching(self, wanted: Box, shape: Shape) -> Iterator[tuple[Box, tuple[int, ...]]]:
         """Yield `(box, ranks)` of every shard that meets `wanted`, as `MeshLayout` does."""
         for box, ranks in zip(self.boxes, self.ranks, strict=True):
             if box.intersect(wanted) is not None:

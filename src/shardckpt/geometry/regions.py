@@ -6,15 +6,19 @@ Layer: geometry (integers only).
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from shardckpt.geometry.box import Box, Shape, whole
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
 
 
 def coverage_problem(shape: Shape, boxes: Sequence[Box]) -> str | None:
     """Say how `boxes` fail to cover an array of `shape` exactly once, or return None.
 
-    Boxes are swept in order of their first dim, so the cost grows with overlaps in that dim, not with all pairs.
+    Boxes are swept in order of their first dim, so the cost grows with overlaps in that dim, not
+    with all pairs.
     """
     outer = whole(shape)
     for box in boxes:

@@ -6,9 +6,12 @@ Layer: geometry (integers only).
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
-from shardckpt.geometry.box import Box, Shape
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from shardckpt.geometry.box import Box, Shape
 
 
 def element_strides(shape: Shape) -> tuple[int, ...]:
@@ -31,7 +34,7 @@ def c_strides_bytes(shape: Shape, itemsize_bytes: int) -> tuple[int, ...]:
 
 
 def inner_run(box: Box, shape: Shape) -> tuple[int, int]:
-    """Return `(num_outer_dims, run_elements)`: runs of that length, one per index of the outer dims.
+    """Return `(num_outer_dims, run_elements)`: one such run per index of the outer dims.
 
     The inner dims are those that the box covers wholly, plus the one outside them.
 

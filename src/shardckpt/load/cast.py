@@ -7,16 +7,18 @@ from __future__ import annotations
 
 import ctypes
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import ml_dtypes
 import numpy as np
 
 from shardckpt.errors import StateMismatchError
 from shardckpt.geometry.array_spec import ArraySpec
-from shardckpt.geometry.box import Shape
 from shardckpt.geometry.runs import c_strides_bytes
 from shardckpt.state import HostArray
+
+if TYPE_CHECKING:
+    from shardckpt.geometry.box import Shape
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,7 +38,11 @@ class Temporary:
         """
         source = _view(self.source, self.source_dtype)
         target = _view(self.target, self.target_dtype)
-        if self.source_dtype != self.target_dtype and target.dtype.kind == "V" and _is_opaque(self.target_dtype):
+        if (
+            self.source_dtype != self.target_dtype
+            and target.dtype.kind == "V"
+            and _is_opaque(self.target_dtype)
+        ):
             raise StateMismatchError(f"cannot convert {self.source_dtype} to {self.target_dtype}")
         target[...] = source.astype(target.dtype) if target.dtype != source.dtype else source
 
@@ -46,7 +52,11 @@ def allocate(shape: Shape, dtype: str) -> HostArray:
     spec = ArraySpec(shape, dtype)
     buffer = ctypes.create_string_buffer(max(1, spec.nbytes))
     return HostArray(
-        ctypes.addressof(buffer), shape, c_strides_bytes(shape, spec.itemsize_bytes), spec.itemsize_bytes, buffer
+        ctypes.addressof(buffer),
+        shape,
+        c_strides_bytes(shape, spec.itemsize_bytes),
+        spec.itemsize_bytes,
+        buffer,
     )
 
 
@@ -64,5 +74,5 @@ def _view(array: HostArray, dtype: str) -> np.ndarray[Any, Any]:
     )
     if 0 in array.shape:
         return np.empty(array.shape, kind)
-    memory = (ctypes.c_char * span).from_address(array.address)
+    memory = memoryview((ctypes.c_char * span).from_address(array.address))
     return np.ndarray(array.shape, kind, memory, 0, array.strides_bytes)

@@ -1,4 +1,4 @@
-"""Check: does what is saved fit what is wanted? All problems at once, before anything changes. Pure.
+"""Check: does what is saved fit what is wanted? All problems at once. Pure.
 
 Layer: load.
 """
@@ -8,11 +8,14 @@ from __future__ import annotations
 import difflib
 import fnmatch
 import re
-from collections.abc import Collection, Iterable, Mapping
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
-from shardckpt.backend import SavedLeaf, SavedState, Targets
 from shardckpt.errors import StateMismatchError
+
+if TYPE_CHECKING:
+    from collections.abc import Collection, Iterable, Mapping
+
+    from shardckpt.backend import SavedLeaf, SavedState, Targets
 
 _MAX_SHOWN: Final = 50
 _MAX_FOR_NEAREST: Final = 200
@@ -88,22 +91,30 @@ def mismatches(
             problems.append(_shape_problem(key, found, leaf.spec.shape, str(leaf.spec)))
         elif found.spec.dtype != leaf.spec.dtype and not cast:
             problems.append(
-                f"{key!r}: saved as {found.spec}, target is {leaf.spec}; cast the target, or pass cast=True "
+                f"{key!r}: saved as {found.spec}, target is {leaf.spec}; cast the target, or "
+                "pass cast=True "
                 "to convert while reading"
             )
     for keys, have in (
         (targets.object_keys, saved.objects.keys()),
-        (targets.per_rank_keys, saved.per_rank.keys() | set(saved.per_rank_dropped) | refused_per_rank.keys()),
+        (
+            targets.per_rank_keys,
+            saved.per_rank.keys() | set(saved.per_rank_dropped) | refused_per_rank.keys(),
+        ),
     ):
         missing += [key for key in sorted(keys) if key not in have and is_wanted(key, only)]
-    problems += [f"{k!r}: {why}" for k, why in refused_per_rank.items() if k in targets.per_rank_keys]
+    problems += [
+        f"{k!r}: {why}" for k, why in refused_per_rank.items() if k in targets.per_rank_keys
+    ]
     if not strict:
         return problems
     unexpected = _unexpected(saved, targets, only)
     every_saved = [*saved.leaves, *saved.objects, *saved.per_rank]
     every_target = [*targets.leaves, *targets.object_keys, *targets.per_rank_keys]
     problems += [f"{key!r}: not in the checkpoint{_nearest(key, every_saved)}" for key in missing]
-    problems += [f"{key!r}: saved, but not in the state{_nearest(key, every_target)}" for key in unexpected]
+    problems += [
+        f"{key!r}: saved, but not in the state{_nearest(key, every_target)}" for key in unexpected
+    ]
     return problems
 
 
@@ -119,9 +130,11 @@ def raise_mismatch(step: int, url: str, problems: list[str]) -> None:
     more = len(problems) - _MAX_SHOWN
     tail = f"\n  and {more} more (see .problems)" if more > 0 else ""
     raise StateMismatchError(
-        f"step {step} of {url} does not fit the state: {len(problems)} keys differ. Nothing was changed.\n"
+        f"step {step} of {url} does not fit the state: {len(problems)} keys differ. Nothing was "
+        "changed.\n"
         f"  {shown}{tail}\n"
-        "Pass rename={saved: target} for renamed keys, strict=False to skip missing and unexpected ones, "
+        "Pass rename={saved: target} for renamed keys, strict=False to skip missing and "
+        "unexpected ones, "
         "or only=[globs] to load a part.",
         tuple(problems),
     )

@@ -2,19 +2,20 @@
 
 Layer: load. Order of one load, on every rank:
 
-1. open the announced checkpoint, build targets, list every problem; plan the reads (coverage is proved);
+1. open the announced checkpoint, build targets, list every problem; plan the reads (coverage is
+   proved);
 2. all ranks agree that nobody found a problem: until here nothing has changed;
 3. read, verify, place; all ranks agree again; then objects are handed over.
 
-A failure in 3 leaves the state poisoned, unless `transactional` kept the bytes aside until all had succeeded.
+A failure in 3 leaves the state poisoned, unless `transactional` kept the bytes aside until all had
+succeeded.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 
@@ -24,10 +25,14 @@ from shardckpt.errors import ShardckptError, error_named
 from shardckpt.geometry.layout import BoxLayout, Layout
 from shardckpt.load.cast import Temporary, allocate
 from shardckpt.load.check import is_wanted, mismatches, raise_mismatch, target_names
-from shardckpt.load.open import OpenCheckpoint
 from shardckpt.load.plan import LoadPlan, Wanted, plan_load
 from shardckpt.load.read import run_load
-from shardckpt.state import HostArray, Shard
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from shardckpt.load.open import OpenCheckpoint
+    from shardckpt.state import HostArray, Shard
 
 _logger = logging.getLogger("shardckpt")
 
@@ -41,7 +46,8 @@ class LoadOptions:
         only: Globs of target keys to load; empty means all.
         rename: Saved name to target name, one `*` allowed.
         cast: Convert to the target's dtype.
-        transactional: Keep the bytes aside until every rank has all of them; costs the state's memory again.
+        transactional: Keep the bytes aside until every rank has all of them; costs the state's
+            memory again.
     """
 
     strict: bool = True
@@ -127,7 +133,9 @@ def saved_state(
         ValueError: `rename` does not make sense.
     """
     manifest = checkpoint.manifest
-    names = target_names([*manifest.keys, *manifest.objects, *manifest.per_rank, *manifest.aliases], options.rename)
+    names = target_names(
+        [*manifest.keys, *manifest.objects, *manifest.per_rank, *manifest.aliases], options.rename
+    )
     leaves: dict[str, SavedLeaf] = {}
     for key, tensor in checkpoint.tensors.items():
         leaves[names[key]] = SavedLeaf(tensor.spec, tensor.role, _is_sharded(tensor.layout))
@@ -145,10 +153,14 @@ def saved_state(
             dropped.append(name)
         else:
             refused[name] = (
-                f"belongs to one rank each of the {manifest.world_size} that saved, this job has {world_size}, and "
-                "its rule is 'error'. Wrap it as PerRank(..., rule='drop') or rule='rank0', or leave it out by only="
+                f"belongs to one rank each of the {manifest.world_size} that saved, this job has "
+                f"{world_size}, and "
+                "its rule is 'error'. Wrap it as PerRank(..., rule='drop') or rule='rank0', or "
+                "leave it out by only="
             )
-    aliases = {names[key]: names[stored] for key, stored in manifest.aliases.items() if stored in names}
+    aliases = {
+        names[key]: names[stored] for key, stored in manifest.aliases.items() if stored in names
+    }
     objects = {names[k]: msgspec.json.decode(v) for k, v in manifest.objects.items()}
     return SavedState(leaves, objects, per_rank, aliases, tuple(dropped)), refused
 
@@ -168,7 +180,12 @@ class _Filling:
     """The targets of one load, the memory they are read into, and the plan."""
 
     def __init__(
-        self, backend: Backend, targets: Targets, saved: SavedState, checkpoint: OpenCheckpoint, options: LoadOptions
+        self,
+        backend: Backend,
+        targets: Targets,
+        saved: SavedState,
+        checkpoint: OpenCheckpoint,
+        options: LoadOptions,
     ) -> None:
         self._backend = backend
         self._temporaries: list[Temporary] = []
@@ -188,7 +205,9 @@ class _Filling:
                 aside = options.transactional or leaf.spec.dtype != tensor.spec.dtype
                 if aside:
                     source = allocate(shard.box.shape, tensor.spec.dtype)
-                    self._temporaries.append(Temporary(source, tensor.spec.dtype, host, leaf.spec.dtype))
+                    self._temporaries.append(
+                        Temporary(source, tensor.spec.dtype, host, leaf.spec.dtype)
+                    )
                     host = source
                 wanted.append(Wanted(tensor, shard.box, host))
         self.plan: LoadPlan = plan_load(checkpoint, wanted)
@@ -216,7 +235,10 @@ def _agree(round_: Round, phase: str, error: Exception | None) -> None:
         round_.publish(f"{phase}/{round_.rank}", Ok())
         if round_.rank == 0:
             round_.gather(
-                phase, Ok, what=f"{phase} message", hint="Every rank must call restore(); look at that rank's log."
+                phase,
+                Ok,
+                what=f"{phase} message",
+                hint="Every rank must call restore(); look at that rank's log.",
             )
             round_.publish(phase, Ok())
         else:

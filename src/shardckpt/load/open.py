@@ -1,6 +1,7 @@
 """Open: one committed checkpoint, its manifest and the tables that are needed, all checked.
 
-Layer: load. Nothing here trusts what it reads: sizes, digests, names and ranges are compared before use.
+Layer: load. Nothing here trusts what it reads: sizes, digests, names and ranges are compared before
+use.
 """
 
 from __future__ import annotations
@@ -8,7 +9,7 @@ from __future__ import annotations
 import ctypes
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 from shardckpt.errors import CorruptCheckpointError, StorageError
 from shardckpt.format.manifest import (
@@ -38,7 +39,9 @@ from shardckpt.format.shard_file import (
 from shardckpt.geometry.box import Box
 from shardckpt.geometry.layout import BoxLayout
 from shardckpt.geometry.regions import coverage_problem
-from shardckpt.storage.base import Reader, Storage
+
+if TYPE_CHECKING:
+    from shardckpt.storage.base import Reader, Storage
 
 _MAX_TABLES_PROBLEM: Final = "points outside the payloads of its file"
 
@@ -95,7 +98,9 @@ class OpenCheckpoint:
         try:
             data = storage.get(key, MAX_MANIFEST_BYTES)
         except FileNotFoundError:
-            raise CorruptCheckpointError(f"{storage.url}/{key} is missing, though the step is committed") from None
+            raise CorruptCheckpointError(
+                f"{storage.url}/{key} is missing, though the step is committed"
+            ) from None
         found = digest(data)
         if found != manifest_digest:
             raise CorruptCheckpointError(
@@ -120,7 +125,9 @@ class OpenCheckpoint:
             if isinstance(tensor.layout, BoxLayout):
                 problem = coverage_problem(tensor.spec.shape, tensor.layout.boxes)
                 if problem:
-                    raise CorruptCheckpointError(f"{self.manifest.attempt}, key {tensor.key!r}: {problem}")
+                    raise CorruptCheckpointError(
+                        f"{self.manifest.attempt}, key {tensor.key!r}: {problem}"
+                    )
         return found
 
     @cached_property
@@ -153,7 +160,9 @@ class OpenCheckpoint:
         try:
             reader = self.storage.open(key)
         except FileNotFoundError:
-            raise CorruptCheckpointError(f"{what} is missing, though the step is committed") from None
+            raise CorruptCheckpointError(
+                f"{what} is missing, though the step is committed"
+            ) from None
         try:
             file = _read_table(reader, record, manifest.attempt, key, what)
         except BaseException:
@@ -177,7 +186,8 @@ def read_bytes(reader: Reader, offset: int, nbytes: int) -> bytes:
 def _read_table(reader: Reader, record: FileRecord, attempt: str, key: str, what: str) -> OpenFile:
     if reader.nbytes != record.nbytes:
         raise CorruptCheckpointError(
-            f"{what} has {reader.nbytes} bytes, the manifest says {record.nbytes} (rank {record.rank}); "
+            f"{what} has {reader.nbytes} bytes, the manifest says {record.nbytes} (rank "
+            f"{record.rank}); "
             "the file was truncated, extended or swapped"
         )
     try:
@@ -185,15 +195,26 @@ def _read_table(reader: Reader, record: FileRecord, attempt: str, key: str, what
         trailer = read_bytes(reader, record.nbytes - TRAILER_BYTES, TRAILER_BYTES)
         check_header(header, attempt=attempt, rank=record.rank, file=record.number, what=what)
         offset, nbytes, table_digest = decode_trailer(trailer, record.nbytes, what)
-        if (offset, nbytes, table_digest) != (record.table_offset, record.table_bytes, record.digest):
-            raise CorruptCheckpointError(f"{what}: the trailer and the manifest disagree about the table")
+        if (offset, nbytes, table_digest) != (
+            record.table_offset,
+            record.table_bytes,
+            record.digest,
+        ):
+            raise CorruptCheckpointError(
+                f"{what}: the trailer and the manifest disagree about the table"
+            )
         data = read_bytes(reader, offset, nbytes)
     except (StorageError, ValueError) as error:
         if isinstance(error, CorruptCheckpointError | StorageError):
             raise
         raise CorruptCheckpointError(f"{what}: {error}") from error
     table = decode_table(
-        data, table_digest=record.digest, attempt=attempt, rank=record.rank, file=record.number, what=what
+        data,
+        table_digest=record.digest,
+        attempt=attempt,
+        rank=record.rank,
+        file=record.number,
+        what=what,
     )
     file = OpenFile(
         key, record.rank, reader, table, decode_crcs(table, what),

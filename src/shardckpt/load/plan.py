@@ -1,25 +1,29 @@
 """The load plan: which bytes of which files go where. Pure once the tables are open.
 
-Layer: load. Every wanted box is met with the saved shards; the bytes needed are rounded to checksum chunks;
-neighbours in a file are read together. Where whole chunks lie contiguously in the target they are read straight into
-it, the rest goes through a scratch buffer. Coverage is proved here, before the first byte is read.
+Layer: load. Every wanted box is met with the saved shards; the bytes needed are rounded to checksum
+chunks; neighbours in a file are read together. Where whole chunks lie contiguously in the target
+they are read straight into it, the rest goes through a scratch buffer. Coverage is proved here,
+before the first byte is read.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 from shardckpt.errors import CorruptCheckpointError
-from shardckpt.format.manifest import SavedTensor
 from shardckpt.format.shard_file import CHUNK_BYTES
 from shardckpt.format.shares import replica_share
 from shardckpt.geometry.box import Box
 from shardckpt.geometry.flat import ranges_to_boxes
 from shardckpt.geometry.runs import element_runs, element_strides, inner_run, single_run
-from shardckpt.load.open import OpenCheckpoint, OpenFile, SavedPayload
-from shardckpt.state import HostArray
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+    from shardckpt.format.manifest import SavedTensor
+    from shardckpt.load.open import OpenCheckpoint, OpenFile, SavedPayload
+    from shardckpt.state import HostArray
 
 READ_BYTES: Final = 8 << 20
 _DIRECT_FROM_BYTES: Final = 256 * 1024
@@ -142,7 +146,7 @@ def _pieces(checkpoint: OpenCheckpoint, want: Wanted) -> Iterator[tuple[OpenFile
 def _payloads(
     checkpoint: OpenCheckpoint, key: str, shard: Box, rank: int, start: int, stop: int
 ) -> list[tuple[OpenFile, SavedPayload]]:
-    """Return the payloads of a rank that hold bytes `[start, stop)` of a shard, proved to tile it."""
+    """Return the payloads that hold bytes `[start, stop)` of a shard, proved to tile it."""
     found = [(f, p) for f in checkpoint.files_of(rank) for p in f.by_shard.get((key, shard), ())]
     found.sort(key=lambda fp: fp[1].start)
     position = start
@@ -152,14 +156,17 @@ def _payloads(
         position += payload.nbytes
     if position != stop or not found:
         raise CorruptCheckpointError(
-            f"{checkpoint.manifest.attempt}, key {key!r}: the files of rank {rank} should hold bytes "
+            f"{checkpoint.manifest.attempt}, key {key!r}: the files of rank {rank} should hold "
+            "bytes "
             f"[{start}, {stop}) of {shard}, their tables list "
             f"{[(p.start, p.start + p.nbytes) for _, p in found]}"
         )
     return found
 
 
-def _chunks(payload: SavedPayload, shard: Box, inner: Box, want: Wanted, item: int) -> Iterator[Piece]:
+def _chunks(
+    payload: SavedPayload, shard: Box, inner: Box, want: Wanted, item: int
+) -> Iterator[Piece]:
     """Yield the chunk-rounded pieces of one payload that hold elements of `inner`."""
     run = single_run(inner, shard.shape)
     if run is None:
@@ -190,17 +197,21 @@ def _chunks(payload: SavedPayload, shard: Box, inner: Box, want: Wanted, item: i
 def _direct_base(
     payload: SavedPayload, shard: Box, inner: Box, run_start_bytes: int, want: Wanted, item: int
 ) -> int | None:
-    """Return the address at which byte 0 of the payload would lie, where the target is as contiguous."""
+    """Return where byte 0 of the payload would lie, if the target is as contiguous."""
     if not want.target.is_contiguous:
         return None
-    outer = Box(tuple(a + b for a, b in zip(inner.offsets, shard.offsets, strict=True)), inner.shape)
+    outer = Box(
+        tuple(a + b for a, b in zip(inner.offsets, shard.offsets, strict=True)), inner.shape
+    )
     run = single_run(outer.relative_to(want.box), want.box.shape)
     if run is None:
         return None
     return want.target.address + run[0] * item - run_start_bytes + payload.start
 
 
-def _chunk_ranges(payload: SavedPayload, shard: Box, inner: Box, item: int) -> Iterator[tuple[int, int]]:
+def _chunk_ranges(
+    payload: SavedPayload, shard: Box, inner: Box, item: int
+) -> Iterator[tuple[int, int]]:
     """Yield ascending ranges of whole chunks that hold any run of `inner`."""
     current: tuple[int, int] | None = None
     for run_start, run_stop in _runs_or_span(inner, shard, item):
@@ -220,7 +231,7 @@ def _chunk_ranges(payload: SavedPayload, shard: Box, inner: Box, item: int) -> I
 
 
 def _runs_or_span(inner: Box, shard: Box, item: int) -> Iterator[tuple[int, int]]:
-    """Yield runs; one span where neighbouring runs are so close that every chunk between is needed."""
+    """Yield runs; one span where every chunk between them is needed anyway."""
     runs = element_runs(inner, shard.shape)
     first = next(runs, None)
     second = next(runs, None)
@@ -292,8 +303,12 @@ def copy_rows_of(piece: Piece, scratch_address: int) -> Iterator[tuple[int, ...]
         if common is None:
             continue
         source = sum(o * s for o, s in zip(common.offsets, strides, strict=True)) - base
-        outer = [o + s - w for o, s, w in zip(common.offsets, shard.offsets, want.offsets, strict=True)]
-        address = target.address + sum(o * s for o, s in zip(outer, target.strides_bytes, strict=True))
+        outer = [
+            o + s - w for o, s, w in zip(common.offsets, shard.offsets, want.offsets, strict=True)
+        ]
+        address = target.address + sum(
+            o * s for o, s in zip(outer, target.strides_bytes, strict=True)
+        )
         yield (
             address, scratch_address + source * item, item, len(common.shape), *common.shape,
             *target.strides_bytes, *(s * item for s in strides),

@@ -1,7 +1,7 @@
 """Read: run a load plan with a few threads, verify every chunk that is used, place the bytes.
 
-Layer: load. The bytes verified are the bytes used: checksums are taken of the memory the values are copied from,
-or of the target itself where the read went straight into it.
+Layer: load. The bytes verified are the bytes used: checksums are taken of the memory the values are
+copied from, or of the target itself where the read went straight into it.
 """
 
 from __future__ import annotations
@@ -11,13 +11,15 @@ import os
 import threading
 from array import array
 from concurrent.futures import ThreadPoolExecutor
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 from shardckpt import native
 from shardckpt.errors import CorruptCheckpointError
 from shardckpt.format.shard_file import CHUNK_BYTES
-from shardckpt.load.open import OpenFile
 from shardckpt.load.plan import LoadPlan, Piece, Read, copy_rows_of
+
+if TYPE_CHECKING:
+    from shardckpt.load.open import OpenFile
 
 NUM_READERS: Final = max(2, min(4, len(os.sched_getaffinity(0))))
 
@@ -67,7 +69,9 @@ def _verify(read: Read, address: int) -> None:
     rows = array("q")
     expected: list[bytes] = []
     for piece in read.pieces:
-        rows.extend((address + piece.file_start - read.start, piece.stop - piece.start, piece.file_start))
+        rows.extend(
+            (address + piece.file_start - read.start, piece.stop - piece.start, piece.file_start)
+        )
         first = piece.payload.first_chunk + piece.start // CHUNK_BYTES
         count = -(-(piece.stop - piece.start) // CHUNK_BYTES)
         expected.append(read.file.crcs[4 * first : 4 * (first + count)])
@@ -76,7 +80,9 @@ def _verify(read: Read, address: int) -> None:
         raise _mismatch(read.file, read.pieces, found, expected)
 
 
-def _mismatch(file: OpenFile, pieces: list[Piece], found: bytes, expected: list[bytes]) -> CorruptCheckpointError:
+def _mismatch(
+    file: OpenFile, pieces: list[Piece], found: bytes, expected: list[bytes]
+) -> CorruptCheckpointError:
     position = 0
     for piece, crcs in zip(pieces, expected, strict=True):
         part = found[position : position + len(crcs)]
@@ -85,7 +91,8 @@ def _mismatch(file: OpenFile, pieces: list[Piece], found: bytes, expected: list[
             if part[chunk : chunk + 4] != crcs[chunk : chunk + 4]:
                 at = piece.file_start + chunk // 4 * CHUNK_BYTES
                 return CorruptCheckpointError(
-                    f"{file.key} (saved by rank {file.rank}), key {piece.payload.key!r}: the chunk at byte {at} has "
+                    f"{file.key} (saved by rank {file.rank}), key {piece.payload.key!r}: the "
+                    f"chunk at byte {at} has "
                     f"checksum {part[chunk : chunk + 4][::-1].hex()}, saved was "
                     f"{crcs[chunk : chunk + 4][::-1].hex()}. The file changed after it was saved."
                 )

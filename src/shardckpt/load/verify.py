@@ -7,16 +7,20 @@ from __future__ import annotations
 
 import ctypes
 from array import array
-from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from shardckpt import native
 from shardckpt.errors import CorruptCheckpointError, FormatError, StorageError
 from shardckpt.format.shard_file import CHUNK_BYTES
 from shardckpt.format.shares import replica_share
 from shardckpt.geometry.box import whole
-from shardckpt.load.open import OpenCheckpoint, OpenFile
 from shardckpt.load.plan import READ_BYTES
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from shardckpt.load.open import OpenCheckpoint, OpenFile
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,7 +44,9 @@ def verify_checkpoint(checkpoint: OpenCheckpoint, *, payloads: bool) -> Verified
             files += checkpoint.files_of(rank)
         except (CorruptCheckpointError, FormatError, StorageError) as error:
             problems.append(str(error))
-    nbytes = sum(file.table.offsets[-1] + file.table.lengths[-1] for file in files if file.table.offsets)
+    nbytes = sum(
+        file.table.offsets[-1] + file.table.lengths[-1] for file in files if file.table.offsets
+    )
     if not problems:
         problems += _coverage_problems(checkpoint)
     if payloads:
@@ -73,7 +79,10 @@ def _coverage_problems(checkpoint: OpenCheckpoint) -> Iterator[str]:
                     for p in f.by_shard.get((tensor.key, shard), ())
                 )
                 if held != stop - start:
-                    yield f"key {tensor.key!r}: rank {rank} holds {held} of {stop - start} bytes of {shard}"
+                    yield (
+                        f"key {tensor.key!r}: rank {rank} holds {held} of {stop - start} bytes "
+                        f"of {shard}"
+                    )
 
 
 def _chunk_problems(file: OpenFile) -> Iterator[str]:
@@ -90,4 +99,7 @@ def _chunk_problems(file: OpenFile) -> Iterator[str]:
             for chunk in range(0, len(found), 4):
                 if found[chunk : chunk + 4] != expected[chunk : chunk + 4]:
                     at = offset + chunk // 4 * CHUNK_BYTES
-                    yield f"{file.key} (rank {file.rank}), key {payload.key!r}: bytes from {at} changed after the save"
+                    yield (
+                        f"{file.key} (rank {file.rank}), key {payload.key!r}: bytes from {at} "
+                        "changed after the save"
+                    )

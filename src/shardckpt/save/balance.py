@@ -1,4 +1,4 @@
-"""Which of several equal copies is written: big arrays by share, small ones by one replica each. Pure.
+"""Which of several equal copies is written: big arrays by share, small ones by one.
 
 Layer: save. Only the coordinator runs this; the result is written down, so no loader repeats it.
 """
@@ -6,13 +6,16 @@ Layer: save. Only the coordinator runs this; the result is written down, so no l
 from __future__ import annotations
 
 import heapq
-from collections.abc import Sequence
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 from shardckpt.format.manifest import SPLIT
 from shardckpt.format.shard_file import CHUNK_BYTES
-from shardckpt.geometry.array_spec import ArraySpec
 from shardckpt.geometry.layout import BoxLayout, Layout, MeshLayout
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from shardckpt.geometry.array_spec import ArraySpec
 
 _SPLIT_FROM_CHUNKS: Final = 16
 
@@ -20,8 +23,8 @@ _SPLIT_FROM_CHUNKS: Final = 16
 def choose_owners(arrays: Sequence[tuple[Layout, ArraySpec]]) -> list[int]:
     """Return for each array the replica that writes it, or -1 where every replica writes a share.
 
-    An array is split when a whole shard has at least 16 chunks (1 MiB). The rest goes, largest first, to the
-    replica with the fewest bytes so far, counted per layout.
+    An array is split when a whole shard has at least 16 chunks (1 MiB). The rest goes, largest
+    first, to the replica with the fewest bytes so far, counted per layout.
     """
     owners = [0] * len(arrays)
     small: dict[int, list[tuple[int, int]]] = {}

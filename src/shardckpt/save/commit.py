@@ -2,9 +2,11 @@
 
 Layer: save.
 
-1. `plan_round`: every rank has come (same step); a structure never seen is fetched once and all are merged into a
+1. `plan_round`: every rank has come (same step); a structure never seen is fetched once and all are
+   merged into a
    plan; the answer names the attempt and the plan.
-2. `commit_round`: a report from exactly ranks 0..N-1, structures as planned; manifest durable; then the root.
+2. `commit_round`: a report from exactly ranks 0..N-1, structures as planned; manifest durable; then
+   the root.
    Only the commit log says how it ended.
 """
 
@@ -12,15 +14,12 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import msgspec
 
-from shardckpt.catalog.log import Verdict, Writer
-from shardckpt.catalog.store import Catalog
 from shardckpt.coord.base import Coord, wait_for
-from shardckpt.coord.session import Round
 from shardckpt.errors import FencedError, OutcomeUnknownError, SaveFailedError, StorageError
 from shardckpt.format.manifest import Files, Manifest, encode_manifest
 from shardckpt.format.root import FORMAT_VERSION, MANIFEST, Entry, Root
@@ -29,8 +28,18 @@ from shardckpt.save.messages import Answer, Hello, Outcome, Report
 from shardckpt.save.plan import GlobalPlan, merge
 from shardckpt.save.structure import Structure
 
+if TYPE_CHECKING:
+    from collections.abc import Callable, Collection, Mapping, Sequence
+
+    from shardckpt.catalog.log import Verdict, Writer
+    from shardckpt.catalog.store import Catalog
+    from shardckpt.coord.session import Round
+
 _logger = logging.getLogger(__name__)
-_HINT = "Every rank must call save() for the same steps; a call under `if rank == 0:` is the usual mistake."
+_HINT = (
+    "Every rank must call save() for the same steps; a call under `if rank == 0:` is the usual "
+    "mistake."
+)
 
 
 @dataclass(slots=True)
@@ -93,7 +102,10 @@ class Planner:
         """
         if self.plan is None or plan_digest != self.plan_digest:
             data = wait_for(
-                self.coord, self._plan_key(plan_digest), what="the save plan", timeout_s=self.timeout_s
+                self.coord,
+                self._plan_key(plan_digest),
+                what="the save plan",
+                timeout_s=self.timeout_s,
             )
             self.plan = msgspec.json.decode(data, type=GlobalPlan)
             self.plan_digest = plan_digest
@@ -155,16 +167,21 @@ def commit_round(
     reports = round_.gather("report", Report, what="report", hint="Look at that rank's log.")
     wrong = [rank for rank, r in enumerate(reports) if r.structure != planner.of_ranks[rank]]
     if wrong:
-        raise SaveFailedError(f"{round_.what}: ranks {wrong[:8]} wrote another structure than planned")
+        raise SaveFailedError(
+            f"{round_.what}: ranks {wrong[:8]} wrote another structure than planned"
+        )
     assert planner.plan is not None
     merged = dict(objects)
     for report in reports:
         for key, value in report.objects.items():
             merged.setdefault(key, value)
-    differing = [r for r, report in enumerate(reports) if report.objects_digest != reports[0].objects_digest]
+    differing = [
+        r for r, report in enumerate(reports) if report.objects_digest != reports[0].objects_digest
+    ]
     if differing and all(not reports[r].objects for r in differing):
         _logger.warning(
-            "%s: plain values differ on ranks %s; those of rank 0 are kept. Wrap values that belong to "
+            "%s: plain values differ on ranks %s; those of rank 0 are kept. Wrap values that "
+            "belong to "
             "one rank in PerRank().",
             round_.what,
             differing[:8],
@@ -200,14 +217,15 @@ def outcome_of(verdict: Verdict, root: Root, step: int, url: str, why: str = "")
         return Outcome(
             committed=False,
             kind=FencedError.__name__,
-            message=f"step {step} was not saved: {root.writer} took over {url} (epoch {root.epoch}). Another job "
-            "writes to this store; this one must stop or use another store.",
+            message=f"step {step} was not saved: {root.writer} took over {url} "
+            f"(epoch {root.epoch}). "
+            "Another job writes to this store; this one must stop or use another store.",
         )
     return Outcome(
         committed=False,
         kind=OutcomeUnknownError.__name__,
-        message=f"step {step}: the log of {url} has moved on to epoch {root.epoch} and no longer says how "
-        "this attempt ended",
+        message=f"step {step}: the log of {url} has moved on to epoch {root.epoch} and no longer "
+        "says how this attempt ended",
     )
 
 

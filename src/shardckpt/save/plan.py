@@ -1,14 +1,13 @@
 """The save plan: who writes which bytes, and where in its file. Pure functions from data to data.
 
-Layer: save. The coordinator merges the ranks' structures into one global plan, only when one of them is new;
-every rank then derives its own payloads and file offsets from it alone.
+Layer: save. The coordinator merges the ranks' structures into one global plan, only when one of
+them is new; every rank then derives its own payloads and file offsets from it alone.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 import msgspec
 
@@ -28,7 +27,11 @@ from shardckpt.geometry.layout import BoxLayout, Layout, MeshLayout, replicated
 from shardckpt.geometry.regions import coverage_problem
 from shardckpt.save.balance import choose_owners
 from shardckpt.save.structure import BOXES, WHOLE, Structure
-from shardckpt.state import Leaf
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from shardckpt.state import Leaf
 
 _MAX_PROBLEMS_SHOWN: Final = 10
 
@@ -94,7 +97,8 @@ def merge(structures: Sequence[Structure], class_of_rank: Sequence[int]) -> Glob
         class_of_rank: For each rank the index of its structure.
 
     Raises:
-        StateMismatchError: Ranks disagree on an array, or irregular boxes do not cover one exactly once.
+        StateMismatchError: Ranks disagree on an array, or irregular boxes do not cover one exactly
+            once.
     """
     ranks_of_class: list[list[int]] = [[] for _ in structures]
     for rank, index in enumerate(class_of_rank):
@@ -112,8 +116,8 @@ def merge(structures: Sequence[Structure], class_of_rank: Sequence[int]) -> Glob
         aliases.update(structure.aliases)
         per_rank.update(structure.per_rank)
         columns = zip(
-            structure.keys, structure.dtypes, structure.shapes, structure.roles, structure.layout_ids,
-            strict=True,
+            structure.keys, structure.dtypes, structure.shapes, structure.roles,
+            structure.layout_ids, strict=True,
         )  # fmt: skip
         for key, dtype, shape, role, layout_id in columns:
             spec = ArraySpec(tuple(shape), dtype)
@@ -146,7 +150,9 @@ def merge(structures: Sequence[Structure], class_of_rank: Sequence[int]) -> Glob
     return _columns(specs, layouts, aliases, per_rank)
 
 
-def rank_plan(plan: GlobalPlan, leaves: Sequence[Leaf], rank: int, max_file_bytes: int = MAX_FILE_BYTES) -> RankPlan:
+def rank_plan(
+    plan: GlobalPlan, leaves: Sequence[Leaf], rank: int, max_file_bytes: int = MAX_FILE_BYTES
+) -> RankPlan:
     """Return what `rank`, which holds `leaves`, writes."""
     index_of = {key: i for i, key in enumerate(plan.keys)}
     mesh: dict[int, tuple[int, int] | None] = {}
@@ -260,4 +266,3 @@ def _disagreement(problems: list[str]) -> StateMismatchError:
         "Give different arrays different names on every rank.",
         tuple(problems),
     )
-

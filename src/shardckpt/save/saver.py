@@ -1,11 +1,14 @@
-"""The saver of one rank: `save` stages and returns; one background thread writes, reports and learns the outcome.
+"""The saver of one rank: `save` stages and returns, one thread does the rest.
 
 Layer: save. Order of one save, on every rank:
 
-1. wait for the outcome of the save before (one in flight), raise its failure on all ranks at the same call;
-2. describe the state, publish the structure's digest, plan if it is new, stage into the arena, return;
+1. wait for the outcome of the save before (one in flight), raise its failure on all ranks at the
+   same call;
+2. describe the state, publish the structure's digest, plan if it is new, stage into the arena,
+   return;
 3. background: learn the attempt's name, write and flush files, report;
-4. the coordinator commits and publishes the outcome; a rank that hears nothing asks the log, by an abort root.
+4. the coordinator commits and publishes the outcome; a rank that hears nothing asks the log, by an
+   abort root.
 """
 
 from __future__ import annotations
@@ -13,19 +16,14 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable, Collection, Mapping
 from concurrent.futures import Future
 from concurrent.futures import wait as wait_futures
 from dataclasses import dataclass
 from queue import SimpleQueue
-from typing import Any, Final, Literal
+from typing import TYPE_CHECKING, Any, Final, Literal
 
 import msgspec
 
-from shardckpt.backend import Backend
-from shardckpt.catalog.log import Writer
-from shardckpt.catalog.store import Catalog
-from shardckpt.coord.base import Coord
 from shardckpt.coord.session import Round, RoundFailedError
 from shardckpt.errors import (
     DeadlineError,
@@ -36,7 +34,6 @@ from shardckpt.errors import (
     StorageError,
     error_named,
 )
-from shardckpt.format.root import Root
 from shardckpt.format.sealed import digest
 from shardckpt.save.commit import Described, Planner, commit_round, outcome_of
 from shardckpt.save.messages import Answer, Decision, Hello, Outcome, Report
@@ -46,6 +43,15 @@ from shardckpt.save.structure import encode_structure, structure_of
 from shardckpt.save.write import AttemptId, write_files
 from shardckpt.staging.arena import Arena
 from shardckpt.state import Leaf
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Collection, Mapping
+
+    from shardckpt.backend import Backend
+    from shardckpt.catalog.log import Writer
+    from shardckpt.catalog.store import Catalog
+    from shardckpt.coord.base import Coord
+    from shardckpt.format.root import Root
 
 _logger = logging.getLogger("shardckpt")
 _GRACE: Final = 1.1
@@ -58,7 +64,8 @@ class SaveHandle:
     Attributes:
         step: The step.
         staged: Done once the caller may change its arrays.
-        committed: True once the step is committed, False where the coordinator skipped it; else its error.
+        committed: True once the step is committed, False where the coordinator skipped it; else its
+            error.
     """
 
     def __init__(self, step: int, timeout_s: float) -> None:
@@ -99,7 +106,7 @@ class _Job:
 
 
 class Saver:
-    """Saves of one rank, in order. `save` belongs to one thread; the rest happens in the saver's own."""
+    """Saves of one rank, in order. `save` belongs to one thread; the rest has its own."""
 
     def __init__(
         self,
@@ -163,13 +170,16 @@ class Saver:
         """Stage `state` and queue it; returns once the caller may change its arrays.
 
         Raises:
-            ShardckptError: An earlier save failed (raised at the same call on every rank), or with a
-                single rank this one did.
+            ShardckptError: An earlier save failed (raised at the same call on every rank), or with
+                a single rank this one did.
         """
         if self._fenced is not None:
             raise FencedError(self._fenced)
         round_ = Round(
-            self._coord, f"{self._prefix}/save/{self._count}", f"step {step} (save {self._count})", self._timeout_s
+            self._coord,
+            f"{self._prefix}/save/{self._count}",
+            f"step {step} (save {self._count})",
+            self._timeout_s,
         )
         handle = SaveHandle(step, self._timeout_s)
         if self._on_busy == "skip" and self._skips(round_):
@@ -230,10 +240,18 @@ class Saver:
             busy = self._last is not None and not self._last.committed.done()
             round_.publish("decision", Decision(busy))
             return busy
-        return round_.wait("decision", Decision, what="the coordinator's call of save()", grace=_GRACE).skip
+        return round_.wait(
+            "decision", Decision, what="the coordinator's call of save()", grace=_GRACE
+        ).skip
 
     def _stage(
-        self, step: int, state: Any, metrics: Mapping[str, float], round_: Round, handle: SaveHandle, started: float
+        self,
+        step: int,
+        state: Any,
+        metrics: Mapping[str, float],
+        round_: Round,
+        handle: SaveHandle,
+        started: float,
     ) -> _Job:
         tree = self._backend.describe(state)
         data, structure = encode_structure(structure_of(tree))
@@ -259,7 +277,7 @@ class Saver:
         )  # fmt: skip
 
     def _give_up_early(self, round_: Round, handle: SaveHandle, error: Exception) -> None:
-        """Fail a save that was never staged: tell the others, and raise here only if there are none."""
+        """Fail a save that was never staged: tell the others, raise if there are none."""
         if not isinstance(error, RoundFailedError):
             round_.fail(error)
         failure = _as_shardckpt(error)
@@ -268,16 +286,21 @@ class Saver:
         if self._coord.world_size == 1:
             self._last = None
             raise failure from error
-        _logger.error("step %d: not saved; save() raises at its next call: %s", handle.step, failure)
+        _logger.error(
+            "step %d: not saved; save() raises at its next call: %s", handle.step, failure
+        )
 
     def _answer(self, round_: Round, step: int) -> Answer:
         if self._is_coordinator:
             attempt = self._catalog.new_attempt(self._writer, step)
             return self._planner.plan_round(round_, step, attempt)
-        answer = round_.wait("answer", Answer, what="the coordinator's call of save()", grace=_GRACE)
+        answer = round_.wait(
+            "answer", Answer, what="the coordinator's call of save()", grace=_GRACE
+        )
         if answer.step != step:
             raise SaveFailedError(
-                f"{round_.what}: rank 0 saves step {answer.step}. Every rank must call save() for the same steps."
+                f"{round_.what}: rank 0 saves step {answer.step}. Every rank must call save() "
+                "for the same steps."
             )
         return answer
 
@@ -305,12 +328,11 @@ class Saver:
             attempt = answer.attempt
             self._check_plan(job, answer)
             self._write(job, answer)
-            if self._is_coordinator:
-                outcome = self._commit(job, answer)
-            else:
-                outcome = self._told(job)
+            outcome = self._commit(job, answer) if self._is_coordinator else self._told(job)
         except Exception as error:
-            _logger.debug("step %d failed on rank %d", job.handle.step, self._coord.rank, exc_info=True)
+            _logger.debug(
+                "step %d failed on rank %d", job.handle.step, self._coord.rank, exc_info=True
+            )
             return self._failed(job, attempt, error)
         if self._is_coordinator:
             self._publish(job, outcome)
@@ -319,20 +341,24 @@ class Saver:
     def _check_plan(self, job: _Job, answer: Answer) -> None:
         if answer.plan == job.plan_digest:
             return
-        # Another rank's structure is new. This rank has staged by the old plan; it may go on if its part
+        # Another rank's structure is new. This rank has staged by the old plan; it may go on if its
+        # part
         # did not change.
         plan = rank_plan(self._planner.fetch_plan(answer.plan), job.leaves, job.round.rank)
         if plan != job.plan:
             self._rank_plan = None
             raise SaveFailedError(
-                f"{job.round.what}: the state's structure changed on other ranks only, so rank {job.round.rank} "
+                f"{job.round.what}: the state's structure changed on other ranks only, so rank "
+                f"{job.round.rank} "
                 "staged by the old plan. The next save plans anew."
             )
         self._plan_digest = answer.plan
 
     def _write(self, job: _Job, answer: Answer) -> None:
         attempt = AttemptId(answer.attempt, job.handle.step, job.round.rank, job.round.world_size)
-        files = write_files(self._catalog.storage, attempt, job.plan, job.leaves, job.staged, job.per_rank)
+        files = write_files(
+            self._catalog.storage, attempt, job.plan, job.leaves, job.staged, job.per_rank
+        )
         same = job.structure == answer.structure
         report = Report(
             structure=job.structure,
@@ -357,7 +383,7 @@ class Saver:
         )
 
     def _failed(self, job: _Job, attempt: str, error: Exception) -> Outcome:
-        """Agree on a failure: the coordinator decides through the log; others are told, or ask the log."""
+        """Agree on a failure: the coordinator decides by the log; others are told, or ask it."""
         try:
             if not isinstance(error, RoundFailedError):
                 job.round.fail(error)

@@ -7,16 +7,19 @@ from __future__ import annotations
 
 import os
 from array import array
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 from shardckpt import native
 from shardckpt.geometry.flat import ranges_to_boxes
 from shardckpt.geometry.runs import c_strides_bytes
-from shardckpt.save.plan import RankPlan
-from shardckpt.staging.arena import Arena
-from shardckpt.state import HostArray, Leaf
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from shardckpt.save.plan import RankPlan
+    from shardckpt.staging.arena import Arena
+    from shardckpt.state import HostArray, Leaf
 
 NUM_THREADS: Final = max(1, min(4, len(os.sched_getaffinity(0))))
 
@@ -72,7 +75,9 @@ def stage(
     return Staged(addresses[0] if addresses else 0, tuple(addresses))
 
 
-def _strided_rows(rows: array[int], destination: int, source: HostArray, start: int, nbytes: int) -> None:
+def _strided_rows(
+    rows: array[int], destination: int, source: HostArray, start: int, nbytes: int
+) -> None:
     """Append copies of bytes `[start, start + nbytes)` of a strided array's C-order bytes."""
     item = source.itemsize_bytes
     first, last = start // item, (start + nbytes) // item
@@ -86,4 +91,3 @@ def _strided_rows(rows: array[int], destination: int, source: HostArray, start: 
         rows.extend(packed)
         rows.extend(source.strides_bytes)
         destination += box.num_elements * item
-

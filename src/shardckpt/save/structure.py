@@ -5,12 +5,16 @@ Layer: save.
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import msgspec
 
 from shardckpt.format.manifest import BoxColumn, MeshColumn, layout_column
 from shardckpt.format.sealed import digest
 from shardckpt.geometry.layout import MeshLayout
-from shardckpt.state import StateTree
+
+if TYPE_CHECKING:
+    from shardckpt.state import StateTree
 
 
 class Structure(msgspec.Struct, frozen=True, kw_only=True):
@@ -54,7 +58,8 @@ def structure_of(tree: StateTree) -> Structure:
     boxes: dict[str, list[int]] = {}
     for leaf in tree.leaves:
         if isinstance(leaf.layout, MeshLayout):
-            # Backends share layout objects, and hashing one with thousands of ranks per array is slow.
+            # Backends share layout objects, and hashing one with thousands of ranks per array is
+            # slow.
             layout_id = by_identity.get(id(leaf.layout))
             if layout_id is None:
                 layout_id = layouts.setdefault(leaf.layout, len(columns))

@@ -1,17 +1,17 @@
 """Write: this rank's shard files, checksummed, flushed and named durably.
 
-Layer: save. Files are written by a few threads while another one checksums the same memory; the table with the
-checksums goes last. A file is only reported once its flush, close and directory flush succeeded.
+Layer: save. Files are written by a few threads while another one checksums the same memory; the
+table with the checksums goes last. A file is only reported once its flush, close and directory
+flush succeeded.
 """
 
 from __future__ import annotations
 
 import ctypes
 from array import array
-from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 import msgspec
 
@@ -27,10 +27,14 @@ from shardckpt.format.shard_file import (
     encode_header,
     encode_tail,
 )
-from shardckpt.save.plan import Payload, RankPlan
-from shardckpt.save.stage import Staged
-from shardckpt.state import Leaf
-from shardckpt.storage.base import Storage, Writer
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from shardckpt.save.plan import Payload, RankPlan
+    from shardckpt.save.stage import Staged
+    from shardckpt.state import Leaf
+    from shardckpt.storage.base import Storage, Writer
 
 _EXTENT_BYTES: Final = 8 << 20
 _NUM_WRITERS: Final = 2
@@ -77,9 +81,15 @@ def write_files(
             table = _table(attempt, file, payloads, leaves, per_rank if file == 0 else {})
             reports.append(
                 _write_file(
-                    pool, storage, attempt, file, payloads, table,
-                    staged.file_addresses[file], plan.file_bytes[file],
-                )  # fmt: skip
+                    pool,
+                    storage,
+                    attempt,
+                    file,
+                    payloads,
+                    table,
+                    staged.file_addresses[file],
+                    plan.file_bytes[file],
+                )
             )
     return reports
 
@@ -115,7 +125,7 @@ def _write_file(
 
 
 def _write_extents(pool: ThreadPoolExecutor, writer: Writer, address: int, nbytes: int) -> None:
-    """Write the image in extents; the first error of any thread is raised after all have stopped."""
+    """Write the image in extents; raise the first error once all threads have stopped."""
     starts = range(0, nbytes, _EXTENT_BYTES)
 
     def run(first: int) -> None:

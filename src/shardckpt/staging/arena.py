@@ -1,7 +1,7 @@
 """One page-aligned host buffer per process, reused by every save.
 
-Layer: staging. Fresh pages cost up to seconds per GiB on virtual machines, so the buffer is touched once
-and kept; it grows only when the state does.
+Layer: staging. Fresh pages cost up to seconds per GiB on virtual machines, so the buffer is touched
+once and kept; it grows only when the state does.
 """
 
 from __future__ import annotations
@@ -45,7 +45,8 @@ class Arena:
                     fresh.madvise(advice)
                 except OSError:
                     continue  # Each is a hint: an older kernel just takes the pages later.
-            # The old mapping is dropped, not closed: whoever still holds its address keeps it alive.
+            # The old mapping is dropped, not closed: whoever still holds its address keeps it
+            # alive.
             self._map = fresh
             self._address = ctypes.addressof(ctypes.c_char.from_buffer(fresh))
             self._nbytes = size

@@ -1,27 +1,29 @@
 """The bytes side: what the engine asks of a store. Keys and bytes only.
 
-Layer: storage. Keys are `/`-joined names of `[A-Za-z0-9._-]`, never absolute, never with `.` or `..`.
-What is durable on return is stated per method; "durable" means it survives a power cut.
+Layer: storage. Keys are `/`-joined names of `[A-Za-z0-9._-]`, never absolute, never with `.` or
+`..`. What is durable on return is stated per method; "durable" means it survives a power cut.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
 
 
 class Writer(Protocol):
     """One new object being written; invisible or garbage until `commit` returns."""
 
     def write(self, offset: int, address: int, nbytes: int) -> None:
-        """Write `nbytes` of memory at `address` to byte `offset`; safe to call from several threads.
+        """Write memory at `address` to byte `offset`; safe to call from several threads.
 
         Raises:
             StorageError: The write failed; the object must be given up.
         """
 
     def commit(self, nbytes: int) -> None:
-        """Cut the object to `nbytes` and make it durable, name included. Never retried after a failure.
+        """Cut the object to `nbytes` and make it durable, name included. Never retried.
 
         Raises:
             StorageError: A flush or close failed; the object must be given up.
@@ -39,7 +41,7 @@ class Reader(Protocol):
         """Size of the object when it was opened."""
 
     def read_into(self, offset: int, address: int, nbytes: int) -> None:
-        """Fill `nbytes` of memory at `address` from byte `offset`; safe to call from several threads.
+        """Fill memory at `address` from byte `offset`; safe to call from several threads.
 
         Raises:
             StorageError: The read failed or the object ended early.
@@ -64,7 +66,7 @@ class Storage(Protocol):
         """
 
     def put_if_absent(self, key: str, data: bytes) -> bool:
-        """Create `key` with `data` in one atomic step; return False where it exists. Durable when True.
+        """Create `key` in one atomic step; False where it exists. Durable when True.
 
         On any error the object may or may not exist: the caller reads it back.
 
@@ -84,7 +86,8 @@ class Storage(Protocol):
 
         Raises:
             FileNotFoundError: There is no such key.
-            StorageError: The read failed, it is not a regular object, or it is larger than `max_bytes`.
+            StorageError: The read failed, it is not a regular object, or it is larger than
+                `max_bytes`.
         """
 
     def open(self, key: str) -> Reader:

@@ -1,4 +1,4 @@
-"""A backend of plain numpy arrays: the engine's own tests need no framework, and fork in milliseconds.
+"""A backend of plain numpy arrays, so that the engine's tests need no framework.
 
 Layer: testing.
 """
@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, MutableMapping
 from dataclasses import dataclass
-from typing import Any, Literal, final
+from typing import TYPE_CHECKING, Any, Literal, final
 
 import numpy as np
 
@@ -16,8 +16,10 @@ from shardckpt.errors import UnsupportedStateError
 from shardckpt.format.tagged import decode, encode
 from shardckpt.geometry.array_spec import ArraySpec
 from shardckpt.geometry.box import Box, Shape, whole
-from shardckpt.geometry.layout import MeshLayout
 from shardckpt.state import HostArray, Leaf, PerRank, PerRankValue, Shard, StateTree
+
+if TYPE_CHECKING:
+    from shardckpt.geometry.layout import MeshLayout
 
 
 @dataclass(frozen=True, slots=True)

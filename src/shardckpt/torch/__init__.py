@@ -7,9 +7,7 @@ from __future__ import annotations
 
 import itertools
 import os
-from collections.abc import Mapping, MutableMapping
-from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -21,15 +19,20 @@ from shardckpt.checkpointer import (
     environment_facts,
     load_once,
 )
-from shardckpt.coord.base import Coord
 from shardckpt.load.loader import LoadOptions
 from shardckpt.options import Every, Retention
 from shardckpt.save.saver import OnBusy, SaveHandle
 from shardckpt.storage.open import open_storage
-from shardckpt.storage.base import Storage
 from shardckpt.torch.backend import TorchBackend
 from shardckpt.torch.coord import default_coord
 from shardckpt.torch.objects import RngState
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, MutableMapping
+    from types import TracebackType
+
+    from shardckpt.coord.base import Coord
+    from shardckpt.storage.base import Storage
 
 __all__ = ["Checkpointer", "Restored", "RngState", "SaveHandle", "load"]
 
@@ -39,9 +42,9 @@ _opened = itertools.count()
 class Checkpointer:
     """Saves a torch training state in the background and restores it on any number of ranks.
 
-    Every rank of the job makes one and calls the same methods in the same order. `state` is a mapping of names
-    to modules, optimizers, schedulers, loaders, anything with `state_dict` and `load_state_dict`, tensors or
-    plain values.
+    Every rank of the job makes one and calls the same methods in the same order. `state` is a
+    mapping of names to modules, optimizers, schedulers, loaders, anything with `state_dict` and
+    `load_state_dict`, tensors or plain values.
     """
 
     def __init__(
@@ -55,13 +58,14 @@ class Checkpointer:
         on_busy: OnBusy = "wait",
         coord: Coord | None = None,
     ) -> None:
-        """Open the store and become its writer; an older job that writes here is fenced from now on.
+        """Open the store and become its writer; an older job is fenced from now on.
 
         Args:
             url: Directory of the store (made where absent), or a storage.
             save_every: When `should_save` says yes; None never.
             retention: Which steps stay; the last 3 by default.
-            config: Plain values (dict of hyperparameters) saved beside the state and compared at restore.
+            config: Plain values (dict of hyperparameters) saved beside the state and compared at
+                restore.
             timeout_s: Seconds after which any wait for another rank fails, naming who is missing.
             on_busy: "wait" or "skip": what a save does that finds the one before still under way.
             coord: How ranks agree; by default the store of torch.distributed, or one rank alone.
@@ -74,8 +78,9 @@ class Checkpointer:
         used = default_coord(timeout_s) if coord is None else coord
         self._core = CheckpointerCore(
             _storage(url), TorchBackend(), used,
-            save_every=save_every, retention=retention or Retention(), config=config, timeout_s=timeout_s,
-            on_busy=on_busy, environment=_environment(used.world_size), namespace=f"shardckpt/{next(_opened)}",
+            save_every=save_every, retention=retention or Retention(), config=config,
+            timeout_s=timeout_s, on_busy=on_busy, environment=_environment(used.world_size),
+            namespace=f"shardckpt/{next(_opened)}",
         )  # fmt: skip
 
     def should_save(self, step: int) -> bool:
@@ -116,16 +121,18 @@ class Checkpointer:
         transactional: bool = False,
         fallback: bool = False,
     ) -> Restored | None:
-        """Fill the state's objects in place from the newest step, whatever world size or mesh saved it.
+        """Fill the state in place from the newest step, whatever world size saved it.
 
         Args:
             state: What to fill; plain values are replaced in the mapping.
-            step: A committed step; another than the newest starts a branch and abandons what followed.
+            step: A committed step; another than the newest starts a branch and abandons what
+                followed.
             strict: Missing and unexpected keys are errors.
             only: Globs of keys to load.
             rename: Saved key to key of this state; one `*` allowed on both sides.
             cast: Convert values to the dtype of the target.
-            transactional: Change nothing unless every rank has read everything; costs the state's memory again.
+            transactional: Change nothing unless every rank has read everything; costs the state's
+                memory again.
             fallback: Where the newest step is damaged, take the one before, with a warning.
 
         Returns:
@@ -156,7 +163,7 @@ class Checkpointer:
         self._core.pin(step, pinned=pinned)
 
     def wait_staged(self) -> None:
-        """Return once weights may be changed by hand; for code that does so outside the optimizer."""
+        """Return once weights may be changed by hand, outside the optimizer."""
         self._core.wait_staged()
 
     def wait(self) -> None:
@@ -180,7 +187,10 @@ class Checkpointer:
         return self
 
     def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
     ) -> None:
         """Close; after an error of the block a failure to save is logged, not raised."""
         self._core.leave(error)
@@ -201,7 +211,8 @@ def load(
 ) -> Restored:
     """Fill the state from a committed step without becoming a writer: warm starts, evaluation.
 
-    Arguments are those of `Checkpointer.restore`; a job that trains into the store is not disturbed.
+    Arguments are those of `Checkpointer.restore`; a job that trains into the store is not
+    disturbed.
 
     Raises:
         StoreNotFoundError: There is no store.
@@ -213,8 +224,9 @@ def load(
     try:
         return load_once(
             _storage(url), TorchBackend(), used, state,
-            step=step, options=_options(strict, only, rename, cast, transactional), timeout_s=timeout_s,
-            namespace=f"shardckpt/{next(_opened)}", environment=_environment(used.world_size),
+            step=step, options=_options(strict, only, rename, cast, transactional),
+            timeout_s=timeout_s, namespace=f"shardckpt/{next(_opened)}",
+            environment=_environment(used.world_size),
         )  # fmt: skip
     finally:
         if coord is None:
@@ -229,9 +241,13 @@ def _options(
     transactional: bool,
 ) -> LoadOptions:
     if isinstance(only, str):
-        raise ValueError(f"only={only!r}: pass a list of globs")
+        raise TypeError(f"only={only!r}: pass a list of globs")
     return LoadOptions(
-        strict=strict, only=tuple(only), rename=dict(rename or {}), cast=cast, transactional=transactional
+        strict=strict,
+        only=tuple(only),
+        rename=dict(rename or {}),
+        cast=cast,
+        transactional=transactional,
     )
 
 
@@ -240,4 +256,4 @@ def _storage(url: str | os.PathLike[str] | Storage) -> Storage:
 
 
 def _environment(world_size: int) -> dict[str, str]:
-    return environment_facts({"torch": torch.__version__, "numpy": np.__version__}, world_size)
+    return environment_facts({"torch": str(torch.__version__), "numpy": np.__version__}, world_size)

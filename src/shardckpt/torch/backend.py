@@ -36,7 +36,7 @@ from shardckpt.torch.optimizer import (
 from shardckpt.torch.private import FlatRange, local_tensor
 from shardckpt.torch.shards import Layouts, torch_dtype
 
-Finish = Callable[[], None]
+Finish = Callable[[], object]
 
 
 @final
@@ -64,8 +64,10 @@ class TorchBackend:
         assert isinstance(data, torch.Tensor)
         return copies.host_array(data)
 
-    def targets(self, state: Mapping[str, Any], saved: SavedState, *, only: tuple[str, ...]) -> Targets:
-        """Return what the mapping wants filled; lazily created optimizer state is allocated, not attached.
+    def targets(
+        self, state: Mapping[str, Any], saved: SavedState, *, only: tuple[str, ...]
+    ) -> Targets:
+        """Return what the mapping wants filled; missing optimizer state is made, not attached.
 
         Raises:
             UnsupportedStateError: A value cannot be filled.
@@ -184,7 +186,9 @@ class _Walk:
                     full = f"{key}/state/{name}/{state_name}"
                     if isinstance(value, torch.Tensor):
                         role = ROLES.get(state_name, "other")
-                        self.leaves.append(self.layouts.leaf(full, role, value, flat if value.ndim else None))
+                        self.leaves.append(
+                            self.layouts.leaf(full, role, value, flat if value.ndim else None)
+                        )
                     else:
                         plain.setdefault(name, {})[state_name] = value
         self._object(
@@ -193,7 +197,9 @@ class _Walk:
             lambda value: set_hyperparameters(optimizer, value),
         )
         if plain or (self.saved is not None and f"{key}/state_objects" in self.saved.objects):
-            self._object(f"{key}/state_objects", plain, lambda value: _set_plain(optimizer, groups, value))
+            self._object(
+                f"{key}/state_objects", plain, lambda value: _set_plain(optimizer, groups, value)
+            )
         if self.saved is not None:
             self._create(key, optimizer, groups, self.saved)
 
@@ -209,7 +215,9 @@ class _Walk:
             if not is_wanted(full, self.only):
                 continue
             flat = self.flat.get(id(parameter)) if tensor.ndim else None
-            self.leaves.append(self.layouts.leaf(full, ROLES.get(state_name, "other"), tensor, flat))
+            self.leaves.append(
+                self.layouts.leaf(full, ROLES.get(state_name, "other"), tensor, flat)
+            )
             self.finishers.append(_attacher(optimizer, parameter, state_name, tensor))
 
     def _per_rank(self, key: str, marked: PerRank, mapping: Mapping[str, Any], name: str) -> None:
@@ -233,13 +241,16 @@ class _Walk:
         if key not in self.saved.objects or not is_wanted(key, self.only):
             return
         tensors = {
-            path: torch.empty(self.saved.leaves[path].spec.shape, dtype=torch_dtype(self.saved.leaves[path].spec.dtype))
+            path: torch.empty(
+                self.saved.leaves[path].spec.shape,
+                dtype=torch_dtype(self.saved.leaves[path].spec.dtype),
+            )
             for path in _leaf_paths(saved)
             if path in self.saved.leaves
         }
         for path, tensor in tensors.items():
             self._object_leaf(path, tensor)
-        self.finishers.append(lambda: take(decode_object(saved, tensors)) and None)
+        self.finishers.append(lambda: take(decode_object(saved, tensors)))
 
     def _object_leaf(self, path: str, tensor: torch.Tensor) -> None:
         self.leaves.append(self.layouts.leaf(path, "other", tensor))
@@ -247,12 +258,16 @@ class _Walk:
 
 def _holds_state(mapping: Mapping[Any, Any]) -> bool:
     """Whether a mapping groups stateful things, rather than being a plain value itself."""
-    return bool(mapping) and all(isinstance(k, str) for k in mapping) and any(
-        isinstance(v, (nn.Module, torch.optim.Optimizer, torch.Tensor))
-        or as_per_rank(v) is not None
-        or is_stateful(v)
-        or (isinstance(v, Mapping) and _holds_state(v))
-        for v in mapping.values()
+    return (
+        bool(mapping)
+        and all(isinstance(k, str) for k in mapping)
+        and any(
+            isinstance(v, (nn.Module, torch.optim.Optimizer, torch.Tensor))
+            or as_per_rank(v) is not None
+            or is_stateful(v)
+            or (isinstance(v, Mapping) and _holds_state(v))
+            for v in mapping.values()
+        )
     )
 
 
@@ -292,7 +307,9 @@ def _attacher(
     return attach
 
 
-def _set_plain(optimizer: torch.optim.Optimizer, groups: list[list[str]], values: dict[str, dict[str, Any]]) -> None:
+def _set_plain(
+    optimizer: torch.optim.Optimizer, groups: list[list[str]], values: dict[str, dict[str, Any]]
+) -> None:
     for group, names in zip(optimizer.param_groups, groups, strict=True):
         for parameter, name in zip(group["params"], names, strict=True):
             optimizer.state[parameter].update(values.get(name, {}))

@@ -1,25 +1,29 @@
 """Ranks agree through the job's own c10d store, over a connection of our own.
 
-Layer: torch. A pending call on the trainer's client would block the trainer's own calls, and c10d calls ignore their
-timeouts once the server is gone; so calls go over a clone of the store, in a thread that may be left behind.
+Layer: torch. A pending call on the trainer's client would block the trainer's own calls, and c10d
+calls ignore their timeouts once the server is gone; so calls go over a clone of the store, in a
+thread that may be left behind.
 """
 
 from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Callable
 from concurrent.futures import Future
 from concurrent.futures import wait as wait_futures
 from queue import SimpleQueue
-from typing import Any, TypeVar, final
+from typing import TYPE_CHECKING, Any, TypeVar, final
 
 import torch.distributed as dist
 
-from shardckpt.coord.base import Coord
 from shardckpt.coord.single import SingleCoord
 from shardckpt.errors import DeadlineError, ShardckptError
 from shardckpt.torch.private import default_store
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from shardckpt.coord.base import Coord
 
 T = TypeVar("T")
 
@@ -96,7 +100,8 @@ class C10dCoord:
         if self._is_lost or not wait_futures([future], self._timeout_s).done:
             self._is_lost = True
             raise DeadlineError(
-                f"the job's key-value store did not answer '{what}' within {self._timeout_s:g} s; the process that "
+                f"the job's key-value store did not answer '{what}' within {self._timeout_s:g} "
+                "s; the process that "
                 "serves it (rank 0 or the launcher) is gone or unreachable"
             )
         try:
@@ -109,7 +114,7 @@ class C10dCoord:
             future, function = call
             try:
                 future.set_result(function())
-            except BaseException as error:  # noqa: BLE001 - handed to the caller.
+            except BaseException as error:
                 future.set_exception(error)
 
 
@@ -123,7 +128,9 @@ def default_coord(timeout_s: float) -> Coord:
     if dist.is_available() and dist.is_initialized():
         if dist.get_world_size() == 1:
             return SingleCoord()
-        return C10dCoord(default_store(), dist.get_rank(), dist.get_world_size(), timeout_s=timeout_s)
+        return C10dCoord(
+            default_store(), dist.get_rank(), dist.get_world_size(), timeout_s=timeout_s
+        )
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
     if world_size > 1:
         raise ShardckptError(

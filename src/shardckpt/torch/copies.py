@@ -1,6 +1,7 @@
-"""Tensor memory in and out.
+"""Shards out of and into torch tensors, as host memory.
 
-Layer: torch.
+Layer: torch. CPU tensors are lent as they are, strides included; device tensors go through a host copy. No numpy,
+so every dtype passes.
 """
 
 from __future__ import annotations
@@ -12,35 +13,73 @@ from shardckpt.state import HostArray
 
 
 def host_array(tensor: torch.Tensor) -> HostArray:
-    """Return host memory with the tensor's values; a device tensor is copied first."""
-    if tensor.is_conj() or tensor.is_neg():
-        tensor = tensor.resolve_conj().resolve_neg()
-    return _view(tensor if tensor.device.type == "cpu" else tensor.cpu())
+    """Return host memory with the tensor's values; a device tensor is copied, in order of the current stream."""
+    # The detached alias stays valid where the caller gives its parameter other memory (`p.data = ...`).
+    alias = tensor.detach()
+    if alias.is_conj():
+        alias = alias.resolve_conj()
+    if alias.is_neg():
+        alias = alias.resolve_neg()
+    return _lent(alias if alias.device.type == "cpu" else alias.to("cpu"))
 
 
 def host_target(tensor: torch.Tensor) -> HostArray:
-    """Return writable host memory: the tensor's own, or a buffer where it lies on a device.
+    """Return writable host memory for a target: its own on the CPU, else a buffer for `place`."""
+    alias = tensor.detach()
+    if alias.device.type == "cpu":
+        return _lent(alias)
+    return _lent(torch.empty(alias.shape, dtype=alias.dtype, device="cpu"))
+
+
+def place(tensor: torch.Tensor, host: HostArray) -> None:
+    """Copy a filled buffer into a device tensor; nothing to do for CPU tensors."""
+    if tensor.device.type == "cpu":
+        return
+    filled = host.owner
+    assert isinstance(filled, torch.Tensor)
+    with torch.no_grad():
+        tensor.detach().copy_(filled)
+
+
+def check_storable(tensor: torch.Tensor, what: str) -> None:
+    """Refuse a tensor that is not plain strided memory.
 
     Raises:
-        UnsupportedStateError: The tensor is a lazy conjugate or negative.
+        UnsupportedStateError: Sparse, quantized, on the meta device, or of a foreign subclass; names `what`.
+    """
+    if tensor.layout is not torch.strided:
+        raise UnsupportedStateError(f"{what}: a {tensor.layout} tensor cannot be stored; make it dense")
+    if tensor.is_meta:
+        raise UnsupportedStateError(
+            f"{what}: the tensor is on the meta device and has no values; materialize the module first "
+            "(module.to_empty(device=...), then initialise or restore)"
+        )
+    if tensor.is_quantized:
+        raise UnsupportedStateError(f"{what}: a quantized tensor cannot be stored; store its int_repr() and scale")
+    if torch.utils._python_dispatch.is_traceable_wrapper_subclass(tensor):
+        raise UnsupportedStateError(
+            f"{what}: a {type(tensor).__module__}.{type(tensor).__qualname__} is made of several tensors and cannot "
+            "be stored as one; keep its parts in the state"
+        )
+
+
+def check_fillable(tensor: torch.Tensor, what: str) -> None:
+    """Refuse a tensor into which values cannot be written in place.
+
+    Raises:
+        UnsupportedStateError: Its bytes are not its values, or elements share memory; names `what`.
     """
     if tensor.is_conj() or tensor.is_neg():
-        raise UnsupportedStateError("a lazily conjugated or negated tensor cannot be filled; resolve it first")
-    if tensor.device.type == "cpu":
-        return _view(tensor)
-    return _view(torch.empty(tensor.shape, dtype=tensor.dtype))
+        raise UnsupportedStateError(
+            f"{what}: a lazily conjugated or negated tensor cannot be filled; call resolve_conj() or resolve_neg()"
+        )
+    if any(s == 0 and n > 1 for s, n in zip(tensor.stride(), tensor.shape, strict=True)):
+        raise UnsupportedStateError(
+            f"{what}: an expanded tensor (strides {tensor.stride()}) cannot be filled; make it contiguous"
+        )
 
 
-def placed(tensor: torch.Tensor, host: HostArray) -> None:
-    """Copy a filled buffer to the device where it is not the tensor's own memory."""
-    source = host.owner
-    if source is not tensor:
-        assert isinstance(source, torch.Tensor)
-        with torch.no_grad():
-            tensor.copy_(source)
-
-
-def _view(tensor: torch.Tensor) -> HostArray:
+def _lent(tensor: torch.Tensor) -> HostArray:
     item = tensor.element_size()
-    strides = tuple(s * item for s in tensor.stride())
+    strides = tuple(stride * item for stride in tensor.stride())
     return HostArray(tensor.data_ptr(), tuple(tensor.shape), strides, item, tensor)

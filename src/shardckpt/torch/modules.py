@@ -5,15 +5,17 @@ Layer: torch.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import torch
 from torch import nn
 
 from shardckpt.errors import UnsupportedStateError
 from shardckpt.torch.private import FlatRange, flat_ranges, is_fsdp1, unwrapped
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
 
 _WRAPPERS: Final = ("_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.")
 _EXTRA: Final = "_extra_state"
@@ -48,14 +50,19 @@ def named_tensors(key: str, module: nn.Module) -> NamedTensors:
         ranges = flat_ranges(module)
         if ranges is None:
             raise UnsupportedStateError(
-                f"{key}: FullyShardedDataParallel keeps one flat parameter, whose original shapes cannot be saved "
+                f"{key}: FullyShardedDataParallel keeps one flat parameter, whose original "
+                "shapes cannot be saved "
                 "without communication. Wrap with use_orig_params=True, or use fully_shard."
             )
         found.flat = ranges
         tensors: Mapping[str, torch.Tensor] = _walk(module)
     else:
         # The hooks of fully_shard bring parameters into their sharded form here.
-        tensors = {k: v for k, v in module.state_dict(keep_vars=True).items() if isinstance(v, torch.Tensor)}
+        tensors = {
+            k: v
+            for k, v in module.state_dict(keep_vars=True).items()
+            if isinstance(v, torch.Tensor)
+        }
     for name, tensor in tensors.items():
         if name.rsplit(".", 1)[-1] != _EXTRA:
             found.tensors[canonical(name)] = tensor
@@ -67,7 +74,7 @@ def named_tensors(key: str, module: nn.Module) -> NamedTensors:
 
 
 def parameter_names(modules: Mapping[str, nn.Module]) -> dict[int, str]:
-    """Return the name of every parameter by id; prefixed with the module's key where there are several modules."""
+    """Return the name of every parameter by id; several modules prefix theirs."""
     names: dict[int, str] = {}
     for key, module in sorted(modules.items()):
         prefix = f"{key}." if len(modules) > 1 else ""

@@ -1,4 +1,4 @@
-"""State that is not a module or an optimizer: values, stateful objects, generators of random numbers.
+"""State that is neither module nor optimizer: values, stateful objects, RNGs.
 
 Layer: torch.
 """
@@ -8,8 +8,7 @@ from __future__ import annotations
 import base64
 import random
 import sys
-from collections.abc import Callable
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import torch
 
@@ -19,14 +18,18 @@ from shardckpt.state import HostArray, PerRank, PerRankRule, PerRankValue
 from shardckpt.torch.copies import host_array
 from shardckpt.torch.shards import dtype_name, torch_dtype
 
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
 _MAX_INLINE_BYTES: Final = 1 << 26
 
 
 class RngState:
-    """The random states of this rank: Python's `random`, numpy's global one, torch's on CPU and CUDA.
+    """The random states of this rank: Python, numpy's global one, torch on CPU and CUDA.
 
-    Restored exactly on an equal world size. On another one the rule decides: "drop" (default: keep the generators as
-    they are, with a warning), "rank0" (every rank takes those of rank 0) or "error".
+    Restored exactly on an equal world size. On another one the rule decides: "drop" (default: keep
+    the generators as they are, with a warning), "rank0" (every rank takes those of rank 0) or
+    "error".
     """
 
     def __init__(self, rule: PerRankRule = "drop") -> None:
@@ -50,19 +53,21 @@ class RngState:
         if "numpy" in state:
             import numpy as np
 
-            np.random.set_state(state["numpy"])  # noqa: NPY002 - the global generator is what programs use.
+            np.random.set_state(state["numpy"])
         if "cuda" in state and torch.cuda.is_available():
             for device, value in enumerate(state["cuda"][: torch.cuda.device_count()]):
                 torch.cuda.set_rng_state(value, device)
 
 
 def as_per_rank(value: object) -> PerRank | None:
-    """Return what belongs to one rank each: PerRank, RngState, and torchdata's loaders; else None."""
+    """Return what belongs to one rank each: PerRank, RngState, torchdata's loaders."""
     if isinstance(value, PerRank):
         return value
     if isinstance(value, RngState):
         return PerRank(value, value.rule)
-    if any(c.__module__.startswith("torchdata.") for c in type(value).__mro__) and is_stateful(value):
+    if any(c.__module__.startswith("torchdata.") for c in type(value).__mro__) and is_stateful(
+        value
+    ):
         return PerRank(value, "error")
     return None
 
@@ -70,7 +75,9 @@ def as_per_rank(value: object) -> PerRank | None:
 def is_stateful(value: object) -> bool:
     """Whether a value offers state_dict and load_state_dict."""
     kind = type(value)
-    return callable(getattr(kind, "state_dict", None)) and callable(getattr(kind, "load_state_dict", None))
+    return callable(getattr(kind, "state_dict", None)) and callable(
+        getattr(kind, "load_state_dict", None)
+    )
 
 
 def describe_per_rank(key: str, marked: PerRank) -> PerRankValue:
@@ -114,7 +121,9 @@ def decode_object(value: object, tensors: dict[str, torch.Tensor]) -> object:
 def _inline(item: object, path: str) -> object | None:
     if isinstance(item, torch.Tensor):
         if item.nbytes > _MAX_INLINE_BYTES:
-            raise UnsupportedStateError(f"{path}: a per-rank tensor of {item.nbytes} bytes; at most 64 MiB")
+            raise UnsupportedStateError(
+                f"{path}: a per-rank tensor of {item.nbytes} bytes; at most 64 MiB"
+            )
         packed = item.detach().cpu().contiguous()
         raw = _bytes_of(packed) if packed.numel() else b""
         return {
@@ -147,7 +156,11 @@ def _restored(item: object) -> object:
         if "tensor" in item:
             raw = bytearray(base64.b64decode(str(item["v"]), validate=True))
             dtype, shape = torch_dtype(str(item["tensor"])), item["shape"]
-            return torch.frombuffer(raw, dtype=dtype).reshape(shape) if raw else torch.empty(shape, dtype=dtype)
+            return (
+                torch.frombuffer(raw, dtype=dtype).reshape(shape)
+                if raw
+                else torch.empty(shape, dtype=dtype)
+            )
         if "size" in item:
             return torch.Size(item["size"])
         if "dtype" in item and isinstance(getattr(torch, str(item["dtype"]), None), torch.dtype):

@@ -5,21 +5,26 @@ Layer: torch.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import torch
 from torch.distributed.tensor import DTensor, Replicate
 
-from shardckpt.backend import SavedState
 from shardckpt.errors import StateMismatchError, UnsupportedStateError
 from shardckpt.torch.private import FlatRange, local_tensor
 from shardckpt.torch.shards import torch_dtype
 
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from shardckpt.backend import SavedState
+
 ROLES: Final = {"exp_avg": "adam_m", "exp_avg_sq": "adam_v", "step": "count"}
 
 
-def group_names(key: str, optimizer: torch.optim.Optimizer, names: Mapping[int, str]) -> list[list[str]]:
+def group_names(
+    key: str, optimizer: torch.optim.Optimizer, names: Mapping[int, str]
+) -> list[list[str]]:
     """Return the parameter names of every group.
 
     Raises:
@@ -32,7 +37,8 @@ def group_names(key: str, optimizer: torch.optim.Optimizer, names: Mapping[int, 
             name = names.get(id(parameter))
             if name is None:
                 raise UnsupportedStateError(
-                    f"{key}: parameter {position} of group {index} (shape {list(parameter.shape)}) is in no module of "
+                    f"{key}: parameter {position} of group {index} (shape "
+                    f"{list(parameter.shape)}) is in no module of "
                     "the state, so it has no name. Put its module into the state too."
                 )
             of_group.append(name)
@@ -40,7 +46,9 @@ def group_names(key: str, optimizer: torch.optim.Optimizer, names: Mapping[int, 
     return groups
 
 
-def hyperparameters(optimizer: torch.optim.Optimizer, groups: list[list[str]]) -> list[dict[str, Any]]:
+def hyperparameters(
+    optimizer: torch.optim.Optimizer, groups: list[list[str]]
+) -> list[dict[str, Any]]:
     """Return every group without its tensors, its parameters by name."""
     return [
         {**{k: v for k, v in group.items() if k != "params"}, "params": names}
@@ -86,7 +94,8 @@ def check_groups(key: str, optimizer: torch.optim.Optimizer, saved: object) -> N
     """
     if isinstance(saved, list) and len(saved) != len(optimizer.param_groups):
         raise StateMismatchError(
-            f"{key}: saved with {len(saved)} parameter groups, the target has {len(optimizer.param_groups)}. Build the "
+            f"{key}: saved with {len(saved)} parameter groups, the target has "
+            f"{len(optimizer.param_groups)}. Build the "
             "optimizer with the same groups, or leave it out by only=[...]."
         )
 
@@ -107,7 +116,11 @@ def set_hyperparameters(optimizer: torch.optim.Optimizer, saved: list[dict[str, 
 
 
 def _allocate(
-    parameter: torch.nn.Parameter, group: Mapping[str, Any], saved: SavedState, key: str, flat: FlatRange | None
+    parameter: torch.nn.Parameter,
+    group: Mapping[str, Any],
+    saved: SavedState,
+    key: str,
+    flat: FlatRange | None,
 ) -> torch.Tensor:
     leaf = saved.leaves[key]
     shape, dtype = leaf.spec.shape, torch_dtype(leaf.spec.dtype)
@@ -131,7 +144,10 @@ def _allocate(
         )  # fmt: skip
     if not leaf.is_sharded:
         return torch.zeros(shape, dtype=dtype, device=local_tensor(parameter).device)
-    placements = [p if getattr(p, "dim", len(shape)) < len(shape) else Replicate() for p in parameter.placements]
+    placements = [
+        p if getattr(p, "dim", len(shape)) < len(shape) else Replicate()
+        for p in parameter.placements
+    ]
     return torch.distributed.tensor.zeros(
         shape, dtype=dtype, device_mesh=parameter.device_mesh, placements=placements
     )

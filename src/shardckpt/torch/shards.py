@@ -1,177 +1,196 @@
-"""One tensor to one leaf: global shape, layout, and the boxes this rank holds. No communication.
+"""Torch tensors as leaves: the layout of a tensor, and the shards of it that this rank holds.
 
-Layer: torch.
+Layer: torch. DTensors get a mesh layout, FSDP1's flat parameters irregular boxes, plain tensors none. Nothing is
+copied and nobody is asked.
 """
 
 from __future__ import annotations
 
-import math
-from typing import Any, Final
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Final, final
 
 import torch
-from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
 
 from shardckpt.errors import UnsupportedStateError
 from shardckpt.geometry.array_spec import ArraySpec
-from shardckpt.geometry.box import whole
+from shardckpt.geometry.box import Box, Shape, whole
 from shardckpt.geometry.flat import ranges_to_boxes
 from shardckpt.geometry.layout import MeshLayout
-from shardckpt.state import Leaf
-from shardckpt.state import Shard as LocalShard
-from shardckpt.torch.private import FlatRange, local_tensor, split_factor
+from shardckpt.state import Leaf, Shard
+from shardckpt.torch.copies import check_storable
+from shardckpt.torch.dtypes import DTYPE_NAME
+from shardckpt.torch.private import Cut, FlatPart, cut_of, dtensor_class, local_tensor
 
-_NAMES: Final[dict[torch.dtype, str]] = {
-    torch.bool: "bool",
-    torch.int8: "int8",
-    torch.int16: "int16",
-    torch.int32: "int32",
-    torch.int64: "int64",
-    torch.uint8: "uint8",
-    torch.uint16: "uint16",
-    torch.uint32: "uint32",
-    torch.uint64: "uint64",
-    torch.float16: "float16",
-    torch.bfloat16: "bfloat16",
-    torch.float32: "float32",
-    torch.float64: "float64",
-    torch.complex32: "complex32",
-    torch.complex64: "complex64",
-    torch.complex128: "complex128",
-    torch.float8_e4m3fn: "float8_e4m3fn",
-    torch.float8_e4m3fnuz: "float8_e4m3fnuz",
-    torch.float8_e5m2: "float8_e5m2",
-    torch.float8_e5m2fnuz: "float8_e5m2fnuz",
-    torch.float8_e8m0fnu: "float8_e8m0fnu",
-    torch.float4_e2m1fn_x2: "float4_e2m1fn_x2",
-}
-_DTYPES: Final = {name: dtype for dtype, name in _NAMES.items()}
+_MAX_CACHED: Final = 1 << 17
 
 
-class Layouts:
-    """Turns tensors into leaves; remembers layouts, because thousands of tensors share a few."""
+@dataclass(frozen=True, slots=True)
+class _Mesh:
+    shape: Shape
+    ranks: tuple[int, ...]
+
+
+def cut_order(cuts: Sequence[Cut], mesh_shape: Shape, num_dims: int) -> tuple[tuple[int, ...], ...] | None:
+    """Return for each dim the mesh axes that cut it, in the order in which they really cut.
+
+    Torch writes placements from the first axis to the last. A plain shard cuts before the later axes; a strided
+    one was cut after later axes whose sizes multiply to its split factor (tensor parallel, then FSDP).
+
+    Args:
+        cuts: One per mesh axis.
+        mesh_shape: Ranks along each axis.
+        num_dims: Dims of the tensor.
+
+    Returns:
+        None where a split factor fits no set of later axes.
+
+    >>> cut_order([Cut(0, 2), Cut(0, 1)], (4, 2), 1)
+    ((1, 0),)
+    """
+    order: list[list[int]] = [[] for _ in range(num_dims)]
+    for axis in reversed(range(len(cuts))):
+        cut = cuts[axis]
+        if cut.dim is None:
+            continue
+        later = order[cut.dim]
+        position, product = 0, 1
+        while product < cut.split and position < len(later):
+            product *= mesh_shape[later[position]]
+            position += 1
+        if product != cut.split:
+            return None
+        later.insert(position, axis)
+    return tuple(tuple(axes) for axes in order)
+
+
+@final
+class Leaves:
+    """Makes leaves of one backend; what many tensors share (mesh, layout, box, spec) is made once."""
 
     def __init__(self) -> None:
-        """Remember nothing yet."""
-        self._layouts: dict[tuple[int, Any], MeshLayout] = {}
-        self._meshes: dict[int, Any] = {}
+        """Start with nothing cached."""
+        self._rank = 0
+        self._dtensor: type[torch.Tensor] | None = None
+        self._mesh_by_id: dict[int, _Mesh] = {}
+        self._meshes: dict[_Mesh, _Mesh] = {}
+        self._layouts: dict[tuple[int, Any, int], MeshLayout] = {}
+        self._boxes: dict[tuple[int, Shape], Box | None] = {}
+        self._specs: dict[tuple[Shape, torch.dtype], tuple[ArraySpec, Box]] = {}
 
-    def leaf(self, key: str, role: str, tensor: torch.Tensor, flat: FlatRange | None = None) -> Leaf:
-        """Return the leaf of a tensor.
+    def begin(self) -> None:
+        """Begin a description: the rank and the classes imported may have changed, and ids may be reused."""
+        self._rank = _global_rank()
+        self._dtensor = dtensor_class()
+        self._mesh_by_id.clear()
+        if max(len(self._boxes), len(self._specs), len(self._layouts)) > _MAX_CACHED:
+            for cache in (self._meshes, self._layouts, self._boxes, self._specs):
+                cache.clear()  # type: ignore[attr-defined]
 
-        Args:
-            key: Its key.
-            role: Its role.
-            tensor: A plain tensor, a DTensor, or the local 1-D part of an FSDP1 parameter.
-            flat: For FSDP1, which part.
+    def is_dtensor(self, tensor: torch.Tensor) -> bool:
+        """Return whether the tensor is a DTensor."""
+        return self._dtensor is not None and isinstance(tensor, self._dtensor)
+
+    def leaf(self, key: str, tensor: torch.Tensor, role: str) -> Leaf:
+        """Return the leaf of a DTensor or a plain tensor.
 
         Raises:
-            UnsupportedStateError: The tensor is sparse, quantized, meta, an unreduced sum, or irregular.
+            UnsupportedStateError: The tensor cannot be stored exactly.
         """
-        if flat is not None and tensor.numel() == flat.stop - flat.start:
-            return _flat_leaf(key, role, tensor, flat)
-        if not isinstance(tensor, DTensor):
-            _check_plain(key, tensor)
-            shape = tuple(tensor.shape)
-            spec = ArraySpec(shape, dtype_name(key, tensor.dtype))
-            shards = (LocalShard(whole(shape), tensor.detach()),) if 0 not in shape else ()
-            return Leaf(key, spec, role, None, shards)
-        local = local_tensor(tensor)
-        _check_plain(key, local)
-        shape = tuple(tensor.shape)
-        spec = ArraySpec(shape, dtype_name(key, local.dtype))
-        layout = self._layout(key, tensor)
-        coordinate = tensor.device_mesh.get_coordinate()
-        if coordinate is None:
+        if self.is_dtensor(tensor):
+            return self.sharded(key, tensor, local_tensor(tensor), role)
+        check_storable(tensor, key)
+        spec, box = self._spec(key, tuple(tensor.shape), tensor.dtype)
+        return Leaf(key, spec, role, None, (Shard(box, tensor),) if tensor.numel() else ())
+
+    def sharded(self, key: str, like: Any, local: torch.Tensor, role: str) -> Leaf:
+        """Return the leaf of a local tensor that lies on the mesh as the DTensor `like` does.
+
+        Raises:
+            UnsupportedStateError: The placements cannot be stored, or the local tensor has another shape than they say.
+        """
+        check_storable(local, key)
+        layout, shape = self.layout_of(key, like), tuple(like.shape)
+        spec, _ = self._spec(key, shape, local.dtype)
+        box = self.local_box(layout, shape)
+        if box is None or (not box.num_elements and not local.numel()):
             return Leaf(key, spec, role, layout, ())
-        box = layout.box_at(tuple(coordinate), shape)
-        if box.shape != tuple(local.shape):
-            if math.prod(box.shape) == local.numel() == 0:
-                return Leaf(key, spec, role, layout, ())
+        if local.shape != box.shape:
             raise UnsupportedStateError(
-                f"{key}: rank at mesh coordinate {list(coordinate)} holds shape {list(local.shape)}, but "
-                f"placements {tensor.placements} of a tensor of shape {list(shape)} give {list(box.shape)}. "
-                "Redistribute it to even placements before saving."
+                f"{key}: rank {self._rank} holds a local tensor of shape {list(local.shape)}, but placements "
+                f"{like.placements} of {list(shape)} on a mesh of {layout.mesh_shape} mean {list(box.shape)}. "
+                "Make the DTensor with distribute_tensor or fully_shard."
             )
-        shards = (LocalShard(box, local.detach()),) if 0 not in box.shape else ()
-        return Leaf(key, spec, role, layout, shards)
+        return Leaf(key, spec, role, layout, (Shard(box, local),))
 
-    def _layout(self, key: str, tensor: DTensor) -> MeshLayout:
-        mesh = tensor.device_mesh
-        cached = self._layouts.get((id(mesh), tensor.placements))
-        if cached is None:
-            cuts = _cuts(key, tensor)
-            cached = MeshLayout(tuple(mesh.mesh.shape), tuple(mesh.mesh.flatten().tolist()), cuts)
-            self._layouts[(id(mesh), tensor.placements)] = cached
-            self._meshes[id(mesh)] = mesh  # Kept, so that its id is not given to another mesh.
-        return cached
+    def flat(self, key: str, part: FlatPart, local: torch.Tensor, role: str) -> Leaf:
+        """Return the leaf of FSDP1's flat memory: `local` holds the elements of `part`.
 
+        Raises:
+            UnsupportedStateError: The tensor cannot be stored exactly.
+        """
+        check_storable(local, key)
+        spec, _ = self._spec(key, part.shape, local.dtype)
+        shards: list[Shard] = []
+        offset = 0
+        for box in ranges_to_boxes(part.start, part.stop, part.shape):
+            stop = offset + box.num_elements
+            shards.append(Shard(box, local[offset:stop].view(box.shape)))
+            offset = stop
+        return Leaf(key, spec, role, "boxes", tuple(shards))
 
-def dtype_name(key: str, dtype: torch.dtype) -> str:
-    """Return the canonical name of a torch dtype.
+    def layout_of(self, key: str, dtensor: Any) -> MeshLayout:
+        """Return the layout of a DTensor.
 
-    Raises:
-        UnsupportedStateError: It has none.
-    """
-    try:
-        return _NAMES[dtype]
-    except KeyError:
-        raise UnsupportedStateError(f"{key}: dtype {dtype} cannot be stored; convert it first") from None
+        Raises:
+            UnsupportedStateError: Its placements cannot be stored.
+        """
+        mesh = self._mesh(dtensor.device_mesh)
+        return self._layout(key, mesh, dtensor.placements, dtensor.ndim)
 
+    def local_box(self, layout: MeshLayout, shape: Shape) -> Box | None:
+        """Return this rank's box under a layout, or None off the mesh."""
+        # Layouts live as long as this cache, so their ids stay theirs.
+        known = (id(layout), shape)
+        if known not in self._boxes:
+            coordinate = layout.coordinate(self._rank)
+            self._boxes[known] = None if coordinate is None else layout.box_at(coordinate, shape)
+        return self._boxes[known]
 
-def torch_dtype(name: str) -> torch.dtype:
-    """Return the torch dtype of a canonical name."""
-    return _DTYPES[name]
+    def _layout(self, key: str, mesh: _Mesh, placements: Any, num_dims: int) -> MeshLayout:
+        known = (id(mesh), placements, num_dims)
+        layout = self._layouts.get(known)
+        if layout is None:
+            cuts = [cut_of(placement, key) for placement in placements]
+            order = cut_order(cuts, mesh.shape, num_dims)
+            if order is None:
+                raise UnsupportedStateError(
+                    f"{key}: placements {placements} on a mesh of {mesh.shape} cut a dim in an order that cannot be "
+                    "stored; redistribute the tensor to plain Shard placements"
+                )
+            layout = self._layouts[known] = MeshLayout(mesh.shape, mesh.ranks, order)
+        return layout
 
+    def _mesh(self, device_mesh: Any) -> _Mesh:
+        mesh = self._mesh_by_id.get(id(device_mesh))
+        if mesh is None:
+            ranks = device_mesh.mesh
+            mesh = _Mesh(tuple(ranks.shape), tuple(ranks.flatten().tolist()))
+            mesh = self._mesh_by_id[id(device_mesh)] = self._meshes.setdefault(mesh, mesh)
+        return mesh
 
-def _cuts(key: str, tensor: DTensor) -> tuple[tuple[int, ...], ...]:
-    """Return for each dim the mesh axes that cut it, in the order in which they cut.
-
-    FSDP over TP is written as a strided shard on the outer axis whose split factor is the product of the inner axes
-    that shard the same dim; physically the inner axes cut first.
-    """
-    placements = tensor.placements
-    sizes = tuple(tensor.device_mesh.mesh.shape)
-    cuts: list[list[int]] = [[] for _ in range(tensor.ndim)]
-    # Inner axes first, so that a strided one finds those that cut before it.
-    for axis in reversed(range(len(placements))):
-        placement = placements[axis]
-        if isinstance(placement, Partial):
-            raise UnsupportedStateError(
-                f"{key}: axis {axis} holds unreduced sums ({placement}); reduce the tensor before saving"
-            )
-        if isinstance(placement, Replicate):
-            continue
-        dim = getattr(placement, "dim", None)
-        if dim is None:
-            raise UnsupportedStateError(f"{key}: placement {placement} is not known")
-        dim = dim % max(tensor.ndim, 1)
-        factor = split_factor(placement)
-        if factor is None or isinstance(placement, Shard) and factor == 1:
-            cuts[dim].insert(0, axis)
-            continue
-        inner = math.prod(sizes[a] for a in cuts[dim])
-        if factor != inner:
-            raise UnsupportedStateError(
-                f"{key}: {placement} on axis {axis} has split factor {factor}, the axes inside it cut dim {dim} into "
-                f"{inner}. Redistribute it to Shard({dim}) before saving."
-            )
-        cuts[dim].append(axis)
-    return tuple(tuple(cut) for cut in cuts)
-
-
-def _flat_leaf(key: str, role: str, tensor: torch.Tensor, flat: FlatRange) -> Leaf:
-    local = tensor.detach().reshape(-1)
-    shards: list[LocalShard] = []
-    position = 0
-    for box in ranges_to_boxes(flat.start, flat.stop, flat.shape):
-        part = local[position : position + box.num_elements].view(box.shape)
-        shards.append(LocalShard(box, part))
-        position += box.num_elements
-    spec = ArraySpec(flat.shape, dtype_name(key, tensor.dtype))
-    return Leaf(key, spec, role, "boxes", tuple(shards))
+    def _spec(self, key: str, shape: Shape, dtype: torch.dtype) -> tuple[ArraySpec, Box]:
+        known = self._specs.get((shape, dtype))
+        if known is None:
+            name = DTYPE_NAME.get(dtype)
+            if name is None:
+                raise UnsupportedStateError(f"{key}: tensors of {dtype} cannot be stored")
+            known = self._specs[shape, dtype] = (ArraySpec(shape, name), whole(shape))
+        return known
 
 
-def _check_plain(key: str, tensor: torch.Tensor) -> None:
-    if tensor.layout is not torch.strided or tensor.is_quantized or tensor.is_meta:
-        kind = "meta" if tensor.is_meta else "quantized" if tensor.is_quantized else str(tensor.layout)
-        raise UnsupportedStateError(f"{key}: a {kind} tensor cannot be stored; make it dense and real first")
+def _global_rank() -> int:
+    distributed = torch.distributed
+    if distributed.is_available() and distributed.is_initialized():
+        return int(distributed.get_rank())
+    return 0

@@ -1,0 +1,54 @@
+# make demo and make test do all the set-up, in a virtual environment of their own.
+PYTHON ?= python3
+VENV ?= .venv
+TORCH ?= torch==2.13.0
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.shardckpt-stamp
+SOURCES := pyproject.toml constraints.txt $(shell find csrc -name '*.cc' -o -name '*.h' -o -name CMakeLists.txt)
+# TORCH= may ask for another torch than the tested one; everything else stays pinned.
+PINS := $(VENV)/constraints.txt
+
+.PHONY: setup demo test test-all bench lint core-test clean
+
+setup: $(STAMP)
+
+$(STAMP): $(SOURCES)
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	grep -v '^torch==' constraints.txt > $(PINS)
+	$(BIN)/python -m pip install --quiet --upgrade -c $(PINS) pip scikit-build-core nanobind cmake ninja
+	$(BIN)/python -c 'import torch' 2>/dev/null || $(BIN)/python -m pip install --quiet -c $(PINS) '$(TORCH)'
+	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python -m pip install --quiet -c $(PINS) --no-build-isolation -e '.[torch,dev]'
+	touch $(STAMP)
+
+demo: setup
+	$(BIN)/python examples/torch_fsdp/demo.py
+
+test: setup
+	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python -m pytest -m 'not slow' -n 2 --dist loadfile -q
+
+test-all: setup
+	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python -m pytest -n 2 --dist loadfile -q
+
+bench: setup
+	for script in limits save_load many_small reshard; do \
+	  $(BIN)/python benchmarks/$$script.py --json benchmarks/results/$$script.json || exit 1; \
+	done
+
+lint: setup
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/clang-format --dry-run --Werror $$(find csrc -name '*.cc' -o -name '*.h')
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+core-test: setup
+	for sanitizer in address,undefined thread; do \
+	  build=build/core-$$sanitizer; \
+	  $(BIN)/cmake -S csrc -B $$build -DSHARDCKPT_PYTHON=OFF -DSHARDCKPT_TESTS=ON \
+	    -DSHARDCKPT_SANITIZE=$$sanitizer -DCMAKE_BUILD_TYPE=RelWithDebInfo > $$build.log 2>&1 \
+	  && $(BIN)/cmake --build $$build -j 2 >> $$build.log 2>&1 \
+	  && $$build/core_tests || { cat $$build.log; exit 1; }; \
+	done
+
+clean:
+	rm -rf build .venv .mypy_cache .ruff_cache .pytest_cache demo-output
