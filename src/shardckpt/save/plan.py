@@ -106,6 +106,7 @@ def merge(structures: Sequence[Structure], class_of_rank: Sequence[int]) -> Glob
     problems: list[str] = []
     specs: dict[str, tuple[ArraySpec, str, int]] = {}
     layouts: dict[str, Layout] = {}
+    meshes: dict[str, list[MeshLayout]] = {}
     holders: dict[str, list[int]] = {}
     boxes: dict[str, dict[Box, list[int]]] = {}
     aliases: dict[str, str] = {}
@@ -134,8 +135,17 @@ def merge(structures: Sequence[Structure], class_of_rank: Sequence[int]) -> Glob
                 of_key = boxes.setdefault(key, {})
                 for box in _boxes(structure.boxes[key], len(shape)):
                     of_key.setdefault(box, []).extend(ranks)
-            elif layouts.setdefault(key, mesh_layouts[layout_id]) != mesh_layouts[layout_id]:
-                problems.append(f"key {key!r}: rank {ranks[0]} has it on another mesh or placement")
+            elif mesh_layouts[layout_id] not in meshes.setdefault(key, []):
+                meshes[key].append(mesh_layouts[layout_id])
+    for key, found in meshes.items():
+        layout = _joined(found)
+        if layout is None:
+            problems.append(
+                f"key {key!r}: ranks hold it under different placements, on meshes "
+                f"{[mesh.mesh_shape for mesh in found]}"
+            )
+        else:
+            layouts[key] = layout
     for key, of_key in boxes.items():
         problem = coverage_problem(specs[key][0].shape, list(of_key))
         if problem:
@@ -148,6 +158,24 @@ def merge(structures: Sequence[Structure], class_of_rank: Sequence[int]) -> Glob
         group = tuple(sorted(ranks))
         layouts[key] = shared.setdefault(group, replicated(group))
     return _columns(specs, layouts, aliases, per_rank)
+
+
+def _joined(meshes: Sequence[MeshLayout]) -> MeshLayout | None:
+    """Return one layout for equal copies on separate meshes; None where they do not fit together.
+
+    A parameter that only the data-parallel axis cuts lives on one submesh per tensor-parallel
+    rank: each submesh holds a whole copy, so the submeshes are one more axis of replicas.
+    """
+    first = meshes[0]
+    if len(meshes) == 1:
+        return first
+    ranks = tuple(rank for mesh in meshes for rank in mesh.ranks)
+    if len(set(ranks)) != len(ranks) or any(
+        (mesh.mesh_shape, mesh.cuts) != (first.mesh_shape, first.cuts) for mesh in meshes
+    ):
+        return None
+    cuts = tuple(tuple(axis + 1 for axis in cut) for cut in first.cuts)
+    return MeshLayout((len(meshes), *first.mesh_shape), ranks, cuts)
 
 
 def rank_plan(
