@@ -4,12 +4,10 @@ Layer: catalog. The same code runs on a real store (`catalog.store`) and under a
 tries every interleaving (`tests/catalog`). The protocol:
 
 1. Read the newest root: list, get, list. The same name is newest in both lists, else read again; a
-   root
-   that vanished means list again, never an older one; a torn or flipped root is passed over.
+   root that vanished means list again, never an older one; a torn or flipped root is passed over.
 2. Decide from that root alone: already there, lost, fenced, or still open.
 3. Still open: put the next root, numbered one above every existing name, and go to 1. The outcome
-   is what the
-   newest root says, never what the put said.
+   is what the newest root says, never what the put said.
 4. Before anybody acts on a decision, `roots/` is made durable after it was read.
 
 A takeover opens an epoch; commit and abort belong to one; maintain keeps whichever epoch is
@@ -24,6 +22,7 @@ from typing import Final, Literal, TypeAlias
 
 import msgspec
 
+from shardckpt.catalog.ops import GetRoot, ListRoots, LogAnswer, LogOp, PutRoot, SyncRoots
 from shardckpt.errors import CorruptCheckpointError, StorageError
 from shardckpt.format.root import (
     NO_DIGEST,
@@ -37,44 +36,14 @@ from shardckpt.format.root import (
     root_seq,
 )
 
-KEPT_ROOTS: Final = 16
 _MAX_PUT_ERRORS: Final = 3
+# Bounds for a storage that contradicts itself; a busy but honest one comes nowhere near.
+_MAX_READS: Final = 64
+_MAX_PUTS: Final = 256
 
-
-@dataclass(frozen=True, slots=True)
-class ListRoots:
-    """Answered with every name in `roots/`."""
-
-
-@dataclass(frozen=True, slots=True)
-class GetRoot:
-    """Answered with the bytes, or None where the name is gone."""
-
-    name: str
-
-
-@dataclass(frozen=True, slots=True)
-class PutRoot:
-    """Answered with True, False (the name exists) or the StorageError."""
-
-    name: str
-    data: bytes
-
-
-@dataclass(frozen=True, slots=True)
-class SyncRoots:
-    """Answered with None once every name a listing shows is durable."""
-
-
-@dataclass(frozen=True, slots=True)
-class DeleteRoot:
-    """Answered with None."""
-
-    name: str
-
-
-LogOp: TypeAlias = ListRoots | GetRoot | PutRoot | SyncRoots | DeleteRoot
-LogAnswer: TypeAlias = "Sequence[str] | bytes | bool | StorageError | None"
+Verdict: TypeAlias = Literal["committed", "aborted", "fenced", "unknown"]
+Decide: TypeAlias = Callable[[Root], "Verdict | None"]
+Build: TypeAlias = Callable[[Root], Root]
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,9 +64,38 @@ class Writer:
     name: str
 
 
-Verdict: TypeAlias = Literal["committed", "aborted", "fenced", "unknown"]
-Decide: TypeAlias = Callable[[Root], "Verdict | None"]
-Build: TypeAlias = Callable[[Root], Root]
+@dataclass(slots=True)
+class Puts:
+    """What the puts of one proposal answered so far.
+
+    Attributes:
+        succeeded: Whether one was answered with True.
+        failures: How many failed in a row.
+        error: The last failure.
+    """
+
+    succeeded: bool = False
+    failures: int = 0
+    error: StorageError | None = None
+
+    def note(self, answer: LogAnswer) -> None:
+        """Count one answer."""
+        if isinstance(answer, StorageError):
+            self.failures += 1
+            self.error = answer
+        else:
+            self.failures = 0
+            self.succeeded = self.succeeded or answer is True
+
+    def check(self) -> None:
+        """Give up after several failures in a row; called only when the log was read since.
+
+        Raises:
+            StorageError: The last failure.
+        """
+        if self.failures >= _MAX_PUT_ERRORS:
+            assert self.error is not None
+            raise self.error
 
 
 def read_newest() -> Generator[LogOp, LogAnswer, Newest | None]:
@@ -106,71 +104,33 @@ def read_newest() -> Generator[LogOp, LogAnswer, Newest | None]:
     Raises:
         CorruptCheckpointError: Roots exist and none is valid.
         FormatError: The newest root is of another version.
+        StorageError: The listing and the roots keep contradicting each other.
     """
-    while True:
-        names = yield from _list()
-        if not names:
-            return None
-        found = yield from _newest_valid(names)
-        if isinstance(found, str):
-            continue
-        again = yield from _list()
-        if not again or again[-1] != names[-1]:
-            continue
-        if found is None:
-            raise CorruptCheckpointError(
-                f"none of the {len(names)} roots of the commit log is valid, newest {names[-1]}. "
-                "Restore the roots/ directory from a copy."
-            )
-        root, digest = found
-        newest_seq = root_seq(names[-1])
-        assert newest_seq is not None
-        return Newest(root, digest, newest_seq + 1)
-
-
-def propose(decide: Decide, build: Build) -> Generator[LogOp, LogAnswer, tuple[Verdict, Root]]:
-    """Bring a change into the log, or learn that it was decided otherwise; durable on return.
-
-    Raises:
-        StorageError: Several puts failed in a row and the log does not hold the change.
-    """
-    errors = 0
-    while True:
-        newest = yield from read_newest()
-        if newest is None:
-            raise CorruptCheckpointError(
-                "the commit log is empty; the store was emptied under a running job"
-            )
-        verdict = decide(newest.root)
-        if verdict is not None:
-            yield SyncRoots()
-            return verdict, newest.root
-        root = msgspec.structs.replace(
-            build(newest.root), seq=newest.next_seq, before=newest.digest
-        )
-        answer = yield PutRoot(root_name(root.seq), encode_root(root))
-        if isinstance(answer, StorageError):
-            errors += 1
-            if errors >= _MAX_PUT_ERRORS:
-                raise answer
+    for _ in range(_MAX_READS):
+        found = yield from _read_once()
+        if found != "changed":
+            return found
+    raise StorageError(
+        f"the commit log changed during each of {_MAX_READS} readings: the storage lists roots "
+        "that it does not hold, or something rewrites roots/ without end. Check the storage."
+    )
 
 
 def create(first: Root) -> Generator[LogOp, LogAnswer, Root]:
-    """Return the newest root, after putting `first` into an empty log.
+    """Return the newest root, durable, after putting `first` into an empty log.
 
     Raises:
         StorageError: Several puts failed in a row.
     """
-    errors = 0
-    while True:
+    puts = Puts()
+    for _ in range(_MAX_PUTS):
         newest = yield from read_newest()
         if newest is not None:
+            yield SyncRoots()
             return newest.root
-        answer = yield PutRoot(root_name(first.seq), encode_root(first))
-        if isinstance(answer, StorageError):
-            errors += 1
-            if errors >= _MAX_PUT_ERRORS:
-                raise answer
+        puts.check()
+        puts.note((yield PutRoot(root_name(first.seq), encode_root(first))))
+    raise _contradiction()
 
 
 def takeover(
@@ -181,33 +141,23 @@ def takeover(
     Raises:
         StorageError: Several puts failed in a row.
     """
-    created = False
-    errors = 0
-    while True:
-        newest = yield from read_newest()
-        if newest is None:
-            raise CorruptCheckpointError(
-                "the commit log is empty; the store was emptied under this job"
-            )
-        root = newest.root
-        if root.owner == owner or created:
-            yield SyncRoots()
-            return ("committed" if root.owner == owner else "fenced"), root
-        proposal = msgspec.structs.replace(
+    puts = Puts()
+
+    def holds(root: Root) -> Verdict | None:
+        if root.owner == owner:
+            return "committed"
+        return "fenced" if puts.succeeded else None
+
+    def build(root: Root) -> Root:
+        return msgspec.structs.replace(
             _stamped(root, "takeover", name, nonce()),
-            seq=newest.next_seq,
-            before=newest.digest,
             epoch=root.epoch + 1,
             owner=owner,
             aborted=[],
             last=("", root.last[0]),
         )
-        answer = yield PutRoot(root_name(proposal.seq), encode_root(proposal))
-        created = answer is True
-        if isinstance(answer, StorageError):
-            errors += 1
-            if errors >= _MAX_PUT_ERRORS:
-                raise answer
+
+    return (yield from _propose(holds, build, puts))
 
 
 def commit(
@@ -215,7 +165,7 @@ def commit(
     entry: Entry,
     ancestry: Sequence[str],
     to_drop: Callable[[Root], Collection[str]],
-    existing: Callable[[str], bool],
+    gone: Collection[str],
     nonce: Callable[[], str],
 ) -> Generator[LogOp, LogAnswer, tuple[Verdict, Root]]:
     """Make `entry` a live step, dropping in the same root what retention lets go.
@@ -225,7 +175,7 @@ def commit(
         entry: The new step; its parent is set here.
         ancestry: Attempts this one descends from, oldest first.
         to_drop: Pure retention: which attempts of a root may go.
-        existing: Whether an attempt's directory may still exist; others leave `retired`.
+        gone: Retired attempts whose directory is durably gone; they leave `retired`.
         nonce: Fresh text per call.
 
     Raises:
@@ -233,18 +183,18 @@ def commit(
     """
 
     def build(root: Root) -> Root:
-        live = root.live
-        parents = [e.attempt for e in live if e.attempt in set(ancestry)]
-        child = msgspec.structs.replace(entry, parent=parents[-1] if parents else "")
+        parent = next((a for a in reversed(ancestry) if root.entry(a) is not None), "")
+        child = msgspec.structs.replace(entry, parent=parent)
         grown = msgspec.structs.replace(
             _stamped(root, "commit", writer.name, nonce()),
-            live=_mark_abandoned([*live, child], child.attempt),
+            live=_mark_abandoned([*root.live, child], child.attempt),
             last=(child.attempt, root.last[1]),
             ever=True,
         )
-        return _trim_retired(drop(grown, to_drop(grown)), existing)
+        shrunk = drop(grown, [a for a in to_drop(grown) if a != child.attempt])
+        return msgspec.structs.replace(shrunk, retired=[a for a in shrunk.retired if a not in gone])
 
-    return (yield from propose(lambda root: decide(root, entry.attempt, writer), build))
+    return (yield from _propose(lambda root: decide(root, entry.attempt, writer), build, Puts()))
 
 
 def abort(
@@ -260,7 +210,7 @@ def abort(
         stamped = _stamped(root, "abort", writer.name, nonce())
         return msgspec.structs.replace(stamped, aborted=[*root.aborted, attempt])
 
-    return (yield from propose(lambda root: decide(root, attempt, writer), build))
+    return (yield from _propose(lambda root: decide(root, attempt, writer), build, Puts()))
 
 
 def maintain(
@@ -275,37 +225,14 @@ def maintain(
     def build(root: Root) -> Root:
         changed = change(root)
         assert changed is not None
-        return msgspec.structs.replace(
-            _stamped(root, "maintain", name, nonce()), live=changed.live, retired=changed.retired
-        )
+        stamped = _stamped(root, "maintain", name, nonce())
+        return msgspec.structs.replace(stamped, live=changed.live, retired=changed.retired)
 
-    _, root = yield from propose(lambda root: "committed" if change(root) is None else None, build)
+    def done(root: Root) -> Verdict | None:
+        return "committed" if change(root) is None else None
+
+    _, root = yield from _propose(done, build, Puts())
     return root
-
-
-def prune(valid: set[str]) -> Generator[LogOp, LogAnswer, None]:
-    """Delete every root that has `KEPT_ROOTS` valid ones above it.
-
-    Args:
-        valid: Names known to be valid roots; roots are immutable, so the set is kept between calls.
-    """
-    names = yield from _list()
-    above = 0
-    synced = False
-    for name in reversed(names):
-        if above >= KEPT_ROOTS:
-            if not synced:
-                yield SyncRoots()
-                synced = True
-            yield DeleteRoot(name)
-            valid.discard(name)
-            continue
-        if name not in valid:
-            data = yield GetRoot(name)
-            if not isinstance(data, bytes) or _decoded(data, name) is None:
-                continue
-            valid.add(name)
-        above += 1
 
 
 def decide(root: Root, attempt: str, writer: Writer) -> Verdict | None:
@@ -345,52 +272,23 @@ def may_drop(live: Sequence[Entry], entry: Entry) -> bool:
     return len(live) > 2 and (entry.abandoned or current > 2)
 
 
-def _list() -> Generator[LogOp, LogAnswer, list[str]]:
+def list_roots() -> Generator[LogOp, LogAnswer, list[str]]:
+    """Return the names of all roots, torn ones included, ascending."""
     names = yield ListRoots()
     assert isinstance(names, (list, tuple))
     return sorted(name for name in names if root_seq(name) is not None)
 
 
-def _newest_valid(
-    names: Sequence[str],
-) -> Generator[LogOp, LogAnswer, tuple[Root, str] | str | None]:
-    """Return the newest valid root and its digest, "vanished", or None where none is valid."""
-    for name in reversed(names):
-        data = yield GetRoot(name)
-        if data is None:
-            return "vanished"
-        assert isinstance(data, bytes)
-        root = _decoded(data, name)
-        if root is not None:
-            return root, root_digest(data)
-    return None
+def valid_root(data: bytes, name: str) -> Root | None:
+    """Return the root, or None where the bytes are torn or flipped.
 
-
-def _decoded(data: bytes, name: str) -> Root | None:
+    Raises:
+        FormatError: A root of another version.
+    """
     try:
         return decode_root(data, name)
     except CorruptCheckpointError:
         return None
-
-
-def _stamped(root: Root, kind: RootKind, writer: str, nonce: str) -> Root:
-    return msgspec.structs.replace(root, kind=kind, writer=writer, nonce=nonce)
-
-
-def _mark_abandoned(live: list[Entry], newest: str) -> list[Entry]:
-    """Mark every entry off the ancestry of `newest`."""
-    parents = {e.attempt: e.parent for e in live}
-    line: set[str] = set()
-    attempt = newest
-    while attempt in parents and attempt not in line:
-        line.add(attempt)
-        attempt = parents[attempt]
-    return [msgspec.structs.replace(e, abandoned=e.attempt not in line) for e in live]
-
-
-def _trim_retired(root: Root, existing: Callable[[str], bool]) -> Root:
-    kept = [a for a in root.retired if existing(a) or a in root.last]
-    return msgspec.structs.replace(root, retired=kept)
 
 
 def first_root(store_id: str, writer: str, nonce: str) -> Root:
@@ -409,4 +307,91 @@ def first_root(store_id: str, writer: str, nonce: str) -> Root:
         retired=[],
         last=("", ""),
         ever=False,
+    )
+
+
+def _propose(
+    decide: Decide, build: Build, puts: Puts
+) -> Generator[LogOp, LogAnswer, tuple[Verdict, Root]]:
+    """Bring a change into the log or learn that it was decided otherwise; durable on return."""
+    for _ in range(_MAX_PUTS):
+        decided = yield from _propose_once(decide, build, puts)
+        if decided is not None:
+            return decided
+    raise _contradiction()
+
+
+def _propose_once(
+    decide: Decide, build: Build, puts: Puts
+) -> Generator[LogOp, LogAnswer, tuple[Verdict, Root] | None]:
+    newest = yield from read_newest()
+    if newest is None:
+        raise CorruptCheckpointError(
+            "the commit log is empty: the store was emptied under a running job. Stop the job."
+        )
+    verdict = decide(newest.root)
+    if verdict is not None:
+        yield SyncRoots()
+        return verdict, newest.root
+    # Only here, after reading again: the last put may have failed with the root in place.
+    puts.check()
+    root = msgspec.structs.replace(build(newest.root), seq=newest.next_seq, before=newest.digest)
+    puts.note((yield PutRoot(root_name(root.seq), encode_root(root))))
+    return None
+
+
+def _read_once() -> Generator[LogOp, LogAnswer, Newest | Literal["changed"] | None]:
+    names = yield from list_roots()
+    if not names:
+        return None
+    found = yield from _newest_valid(names)
+    if found == "vanished":
+        return "changed"
+    again = yield from list_roots()
+    if not again or again[-1] != names[-1]:
+        return "changed"
+    if found is None:
+        raise CorruptCheckpointError(
+            f"none of the {len(names)} roots of the commit log is valid, newest {names[-1]}. "
+            "Restore the roots/ directory from a copy."
+        )
+    root, digest = found
+    newest_seq = root_seq(names[-1])
+    assert newest_seq is not None
+    return Newest(root, digest, newest_seq + 1)
+
+
+def _newest_valid(
+    names: Sequence[str],
+) -> Generator[LogOp, LogAnswer, tuple[Root, str] | Literal["vanished"] | None]:
+    for name in reversed(names):
+        data = yield GetRoot(name)
+        if data is None:
+            return "vanished"
+        assert isinstance(data, bytes)
+        root = valid_root(data, name)
+        if root is not None:
+            return root, root_digest(data)
+    return None
+
+
+def _stamped(root: Root, kind: RootKind, writer: str, nonce: str) -> Root:
+    return msgspec.structs.replace(root, kind=kind, writer=writer, nonce=nonce)
+
+
+def _mark_abandoned(live: list[Entry], newest: str) -> list[Entry]:
+    """Mark every entry off the ancestry of `newest`."""
+    parents = {e.attempt: e.parent for e in live}
+    line: set[str] = set()
+    attempt = newest
+    while attempt in parents and attempt not in line:
+        line.add(attempt)
+        attempt = parents[attempt]
+    return [msgspec.structs.replace(e, abandoned=e.attempt not in line) for e in live]
+
+
+def _contradiction() -> StorageError:
+    return StorageError(
+        f"{_MAX_PUTS} puts of the next root brought no decision: the storage says that names exist "
+        "which it does not list, so it cannot be trusted with a commit log. Use another one."
     )

@@ -2,10 +2,8 @@
 
 Layer: catalog. The only module that reads or writes `STORE`, `roots/` and `leases/`.
 
-Sweep: only directories that the newest *durable* root does not name, that are aborted, retired or
-of an earlier epoch, and that no lease names. Leases are listed after that root is durable, so a
-reader that put its lease and then still saw its step live is always seen. A lease is dead when its
-name has not changed for `lease_ttl_s` on the sweeper's own clock.
+The protocols themselves are `catalog.log` and `catalog.collect`. A lease is dead when its name has
+not changed for `lease_ttl_s` on the sweeper's own clock.
 """
 
 from __future__ import annotations
@@ -17,7 +15,8 @@ from typing import TYPE_CHECKING, Final, TypeVar
 
 import msgspec
 
-from shardckpt.catalog import log
+from shardckpt.catalog import log, ops
+from shardckpt.catalog.collect import collect_attempts, prune_roots
 from shardckpt.errors import (
     CorruptCheckpointError,
     FencedError,
@@ -33,7 +32,6 @@ from shardckpt.format.root import (
     Entry,
     Root,
     attempt_name,
-    attempt_parts,
     decode_store,
     encode_store,
 )
@@ -76,7 +74,8 @@ class Catalog:
         self._lease_ttl_s = lease_ttl_s
         self._valid_roots: set[str] = set()
         self._leases_seen: dict[str, float] = {}
-        self._attempts_seen: frozenset[str] | None = None
+        self._gone: frozenset[str] = frozenset()
+        self._sync_error: StorageError | None = None
 
     @property
     def storage(self) -> Storage:
@@ -88,17 +87,18 @@ class Catalog:
 
         Raises:
             FormatError: The store is of another version.
+            CorruptCheckpointError: Roots are there without STORE, or with another store's.
             StorageError: The place cannot be written.
         """
         self._storage.prepare()
-        try:
-            data = self._storage.get(STORE_KEY, MAX_ROOT_BYTES)
-        except FileNotFoundError:
-            self._storage.put_if_absent(STORE_KEY, encode_store(self._nonce()))
-            data = self._storage.get(STORE_KEY, MAX_ROOT_BYTES)
-        store = decode_store(data)
-        first = log.first_root(store.store_id, self._name, self._nonce())
-        return self._checked(self._run(log.create(first)), store.store_id)
+        store_id = self._made_store_id()
+        # Another creator may have put STORE and died before the name was durable. Roots that
+        # outlived their STORE would belong to nobody, so it is made durable before the first root.
+        self._storage.sync("")
+        first = log.first_root(store_id, self._name, self._nonce())
+        root = self._checked(self._run(log.create(first)), store_id)
+        self._storage.sync("")
+        return root
 
     def newest(self) -> Root:
         """Return the newest root without becoming a writer.
@@ -107,19 +107,13 @@ class Catalog:
             StoreNotFoundError: There is no store here.
             CorruptCheckpointError: The log is damaged or belongs to another store.
         """
-        try:
-            store = decode_store(self._storage.get(STORE_KEY, MAX_ROOT_BYTES))
-        except FileNotFoundError:
-            raise StoreNotFoundError(
-                f"{self._storage.url}: no checkpoint store here (no {STORE_KEY} file). Check the "
-                "path."
-            ) from None
+        store_id = self._store_id()
         newest = self._run(log.read_newest())
         if newest is None:
             raise StoreNotFoundError(
                 f"{self._storage.url}: the store is new and holds no roots yet"
             )
-        return self._checked(newest.root, store.store_id)
+        return self._checked(newest.root, store_id)
 
     def take_over(self) -> tuple[log.Writer, Root]:
         """Become the store's writer; a job that was writing is fenced from now on.
@@ -153,12 +147,7 @@ class Catalog:
         Raises:
             StorageError: The log cannot be read or written.
         """
-        seen = self._attempts_seen
-
-        def existing(attempt: str) -> bool:
-            return seen is None or attempt in seen
-
-        return self._run(log.commit(writer, entry, ancestry, to_drop, existing, self._nonce))
+        return self._run(log.commit(writer, entry, ancestry, to_drop, self._gone, self._nonce))
 
     def abort(self, writer: log.Writer, attempt: str) -> tuple[log.Verdict, Root]:
         """Make sure that an attempt never commits; returns what the log says of it.
@@ -202,30 +191,20 @@ class Catalog:
         """Delete dead attempts and old roots; return the attempts deleted.
 
         Raises:
+            StoreNotFoundError: There is no store here.
+            CorruptCheckpointError: The log belongs to another store; nothing was deleted.
             StorageError: A removal failed; calling again goes on.
         """
-        newest = self._run(log.read_newest())
-        if newest is None:
-            return []
-        self._storage.sync(ROOTS)
-        names = [name for name in self._storage.list("") if attempt_parts(name) is not None]
-        dead = [name for name in names if _may_delete(newest.root, name)]
-        leased = self._leased() if dead else set()
-        gone: list[str] = []
-        for name in dead:
-            if name in leased:
-                _logger.debug("%s is leased by a reader and stays", name)
-                continue
-            self._storage.delete_tree(name)
-            gone.append(name)
-        if gone:
-            self._storage.sync("")
-        self._attempts_seen = frozenset(set(names) - set(gone))
-        self._run(log.prune(self._valid_roots))
-        return gone
+        self.newest()
+        collected = self._run(collect_attempts())
+        self._gone = collected.gone
+        self._run(prune_roots(self._valid_roots))
+        return list(collected.deleted)
 
     def find(self, root: Root, step: int | None) -> Entry:
         """Return the entry to restore: the latest, or the newest of one step.
+
+        A step that the current branch lacks is taken from an abandoned one.
 
         Raises:
             StepNotFoundError: There is none; lists what is there.
@@ -233,7 +212,8 @@ class Catalog:
         if step is None:
             entry = root.latest
         else:
-            entry = next((e for e in reversed(root.live) if e.step == step), None)
+            same = [e for e in root.live if e.step == step]
+            entry = next((e for e in reversed(same) if not e.abandoned), same[-1] if same else None)
         if entry is None:
             steps = [e.step for e in root.live]
             wanted = (
@@ -267,17 +247,48 @@ class Catalog:
                 leased.add(name.rsplit(".", 2)[0])
         return leased
 
+    def _made_store_id(self) -> str:
+        """Return the id in STORE, putting the file where there is no store yet."""
+        try:
+            return self._store_id()
+        except StoreNotFoundError:
+            # A new id would orphan roots that are there already.
+            roots = self._storage.list(ROOTS)
+        failure: StorageError | None = None
+        if not roots:
+            try:
+                self._storage.put_if_absent(STORE_KEY, encode_store(self._nonce()))
+            except StorageError as error:
+                failure = error
+        try:
+            return self._store_id()
+        except StoreNotFoundError:
+            if failure is not None:
+                raise failure from None
+            raise CorruptCheckpointError(
+                f"{self._storage.url}: {STORE_KEY} is missing, but {ROOTS}/ holds {len(roots)} "
+                f"names. Put the {STORE_KEY} file back, or choose an empty place for a new store."
+            ) from None
+
+    def _store_id(self) -> str:
+        try:
+            return decode_store(self._storage.get(STORE_KEY, MAX_ROOT_BYTES)).store_id
+        except FileNotFoundError:
+            raise StoreNotFoundError(
+                f"{self._storage.url}: no checkpoint store here (no {STORE_KEY} file). "
+                "Check the path."
+            ) from None
+
     def _checked(self, root: Root, store_id: str) -> Root:
         if root.store_id != store_id:
             raise CorruptCheckpointError(
                 f"{self._storage.url}: roots belong to store {root.store_id}, {STORE_KEY} says "
-                f"{store_id}. "
-                "Two stores were copied into one directory."
+                f"{store_id}. Two stores were copied into one directory; separate them."
             )
         return root
 
-    def _run(self, protocol: Generator[log.LogOp, log.LogAnswer, T]) -> T:
-        answer: log.LogAnswer = None
+    def _run(self, protocol: Generator[ops.LogOp, ops.LogAnswer, T]) -> T:
+        answer: ops.LogAnswer = None
         while True:
             try:
                 operation = protocol.send(answer)
@@ -285,26 +296,44 @@ class Catalog:
                 return stop.value  # type: ignore[no-any-return]
             answer = self._perform(operation)
 
-    def _perform(self, operation: log.LogOp) -> log.LogAnswer:
+    def _perform(self, operation: ops.LogOp) -> ops.LogAnswer:
         match operation:
-            case log.ListRoots():
+            case ops.ListRoots():
                 return self._storage.list(ROOTS)
-            case log.GetRoot(name):
+            case ops.GetRoot(name):
                 try:
                     return self._storage.get(f"{ROOTS}/{name}", MAX_ROOT_BYTES)
                 except FileNotFoundError:
                     return None
-            case log.PutRoot(name, data):
+            case ops.PutRoot(name, data):
                 try:
                     return self._storage.put_if_absent(f"{ROOTS}/{name}", data)
                 except StorageError as error:
                     return error
-            case log.SyncRoots():
-                self._storage.sync(ROOTS)
-                return None
-            case log.DeleteRoot(name):
+            case ops.SyncRoots():
+                self._sync_roots()
+            case ops.DeleteRoot(name):
                 self._storage.delete(f"{ROOTS}/{name}")
-                return None
+            case ops.ListAttempts():
+                return self._storage.list("")
+            case ops.ListLeased():
+                return sorted(self._leased())
+            case ops.DeleteAttempt(name):
+                self._storage.delete_tree(name)
+            case ops.SyncAttempts():
+                self._storage.sync("")
+        return None
+
+    def _sync_roots(self) -> None:
+        # After a failed flush the kernel forgets what was not written, and the next flush succeeds
+        # with the name lost. This catalog therefore never acknowledges anything again.
+        if self._sync_error is not None:
+            raise self._sync_error
+        try:
+            self._storage.sync(ROOTS)
+        except StorageError as error:
+            self._sync_error = error
+            raise
 
 
 class Lease:
@@ -315,28 +344,29 @@ class Lease:
         self._storage = storage
         self._stem = f"{LEASES}/{attempt}.{reader}"
         self._count = 0
+        self._names: list[str] = []
 
     def renew(self) -> None:
-        """Put the next name and remove the one before.
+        """Put the next name and remove the one before the last.
 
         Raises:
             StorageError: The store cannot be written.
         """
-        self._storage.put_if_absent(f"{self._stem}.{self._count + 1}", b"{}\n")
-        if self._count:
-            self._storage.delete(f"{self._stem}.{self._count}")
+        # The last name stays beside the new one: a listing is not atomic, and one that passed the
+        # place of the new name before it was there must not find the last one gone either.
         self._count += 1
+        name = f"{self._stem}.{self._count}"
+        self._storage.put_if_absent(name, b"{}\n")
+        self._names.append(name)
+        while len(self._names) > 2:
+            self._storage.delete(self._names[0])
+            del self._names[0]
 
     def release(self) -> None:
         """Remove the lease; a failure leaves it to expire."""
         try:
-            self._storage.delete(f"{self._stem}.{self._count}")
+            for name in self._names:
+                self._storage.delete(name)
         except StorageError as error:
             _logger.debug("lease %s stays until it expires: %s", self._stem, error)
-
-
-def _may_delete(root: Root, attempt: str) -> bool:
-    parts = attempt_parts(attempt)
-    if parts is None or root.entry(attempt) is not None:
-        return False
-    return attempt in root.aborted or attempt in root.retired or parts[1] < root.epoch
+        self._names.clear()

@@ -5,17 +5,20 @@ Layer: format. See docs/FORMAT.md for the fields and catalog.py for the protocol
 
 from __future__ import annotations
 
+import math
 import re
 from typing import Final, Literal
 
 import msgspec
 
-from shardckpt.errors import FormatError
+from shardckpt.errors import FormatError, StorageError
 from shardckpt.format.sealed import digest, seal, unseal
 
 FORMAT_VERSION: Final = 1
 KNOWN_FEATURES: Final[frozenset[str]] = frozenset()
 MAX_ROOT_BYTES: Final = 1 << 20
+# What only a commit may not use: a takeover, a drop or an abort must fit behind the largest commit.
+_RESERVED_BYTES: Final = 1 << 16
 STORE_KEY: Final = "STORE"
 ROOTS: Final = "roots"
 LEASES: Final = "leases"
@@ -23,9 +26,10 @@ MANIFEST: Final = "MANIFEST.json"
 NO_DIGEST: Final = ""
 
 _ROOT_NAME: Final = re.compile(r"[0-9]{20}\.json")
-_ATTEMPT_NAME: Final = re.compile(r"step-([0-9]{12,})\.([0-9]+)\.([0-9a-f]{32})")
+_ATTEMPT_NAME: Final = re.compile(r"step-([0-9]{12,18})\.([0-9]{1,18})\.([0-9a-f]{32})")
 
 RootKind = Literal["takeover", "commit", "maintain", "abort"]
+_NonFinite = Literal["nan", "inf", "-inf"]
 
 
 class Store(msgspec.Struct, frozen=True, kw_only=True):
@@ -44,7 +48,7 @@ class Entry(msgspec.Struct, frozen=True, kw_only=True):
         attempt: Directory that holds it.
         parent: Attempt this one continued from, or "".
         manifest: Digest of its MANIFEST.json.
-        metrics: The user's figures, for keep-best.
+        metrics: The user's figures, for keep-best; on disk `nan`, `inf` and `-inf` are text.
         pinned: Never dropped by retention.
         abandoned: Off the current branch: kept, never latest.
         world_size: Ranks that saved it.
@@ -134,8 +138,25 @@ def attempt_parts(name: str) -> tuple[int, int] | None:
 
 
 def encode_root(root: Root) -> bytes:
-    """Return the bytes of a root."""
-    return seal(root)
+    """Return the bytes of a root.
+
+    Raises:
+        StorageError: The root would be larger than a reader accepts.
+    """
+    # JSON has no nan and no inf, and a root that cannot be read back stops the whole store.
+    live = [
+        msgspec.structs.replace(e, metrics={k: _stored(v) for k, v in e.metrics.items()})
+        for e in root.live
+    ]
+    data = seal(msgspec.structs.replace(root, live=live))
+    most = MAX_ROOT_BYTES - (_RESERVED_BYTES if root.kind == "commit" else 0)
+    if len(data) > most:
+        raise StorageError(
+            f"{ROOTS}/{root_name(root.seq)}: {len(data)} bytes for {len(root.live)} live and "
+            f"{len(root.retired)} retired steps, but a root holds {most}. Drop steps, keep fewer "
+            "(Retention), or save fewer metrics."
+        )
+    return data
 
 
 def decode_root(data: bytes, name: str) -> Root:
@@ -145,16 +166,40 @@ def decode_root(data: bytes, name: str) -> Root:
         CorruptCheckpointError: Torn or flipped.
         FormatError: A root this version does not read, or one under another's name.
     """
-    root = unseal(data, Root, what=f"{ROOTS}/{name}")
+    what = f"{ROOTS}/{name}"
+    stored = unseal(data, _StoredRoot, what=what)
+    fields = msgspec.structs.asdict(stored)
+    root = Root(**{**fields, "live": [_entry(e) for e in stored.live]})
     if root_name(root.seq) != name:
-        raise FormatError(f"{ROOTS}/{name}: holds root {root.seq}")
+        raise FormatError(f"{what}: holds root {root.seq}")
     for entry in root.live:
-        if attempt_parts(entry.attempt) is None:
-            raise FormatError(f"{ROOTS}/{name}: {entry.attempt!r} is not an attempt")
-    for attempt in (*root.aborted, *root.retired):
+        parts = attempt_parts(entry.attempt)
+        if parts is None or parts[0] != entry.step:
+            raise FormatError(f"{what}: {entry.attempt!r} is not an attempt at step {entry.step}")
+    attempts = [e.attempt for e in root.live]
+    for attempt in (*root.aborted, *root.retired, *filter(None, root.last)):
         if attempt_parts(attempt) is None:
-            raise FormatError(f"{ROOTS}/{name}: {attempt!r} is not an attempt")
+            raise FormatError(f"{what}: {attempt!r} is not an attempt")
+    if len(set(attempts)) != len(attempts):
+        raise FormatError(f"{what}: an attempt is live twice")
     return root
+
+
+class _StoredEntry(Entry, frozen=True, kw_only=True):
+    metrics: dict[str, float | _NonFinite]  # type: ignore[assignment]
+
+
+class _StoredRoot(Root, frozen=True, kw_only=True):
+    live: list[_StoredEntry]  # type: ignore[assignment]
+
+
+def _stored(metric: float) -> float | str:
+    return metric if math.isfinite(metric) else str(float(metric))
+
+
+def _entry(stored: _StoredEntry) -> Entry:
+    metrics = {key: float(metric) for key, metric in stored.metrics.items()}
+    return Entry(**{**msgspec.structs.asdict(stored), "metrics": metrics})
 
 
 def root_digest(data: bytes) -> str:
@@ -189,7 +234,6 @@ def check_version(version: int, features: list[str], what: str) -> None:
     if version != FORMAT_VERSION or unknown:
         raise FormatError(
             f"{what}: format {version} with features {features}; this version of shardckpt reads "
-            "format "
-            f"{FORMAT_VERSION} with features {sorted(KNOWN_FEATURES)}. Read it with a newer "
+            f"format {FORMAT_VERSION} with features {sorted(KNOWN_FEATURES)}. Read it with a newer "
             "shardckpt."
         )
