@@ -1,0 +1,138 @@
+#include "core/file.h"
+
+#include <algorithm>
+#include <cerrno>
+#include <cstdint>
+#include <cstring>
+#include <string>
+#include <vector>
+
+#include "tests/check.h"
+
+namespace shardckpt {
+namespace {
+
+// A file in memory that follows a script: one entry per call, 0 "do it all", n > 0 "at most n
+// bytes", < 0 "fail with that errno". After the script every call does it all.
+struct Fake {
+  std::vector<uint8_t> bytes = {};
+  std::vector<int> script = {};
+  size_t num_calls = 0;
+  int num_waits = 0;
+  bool takes_nothing = false;
+};
+
+Fake fake;
+
+ssize_t NextCount(size_t size_bytes) {
+  const int entry = fake.num_calls < fake.script.size() ? fake.script[fake.num_calls] : 0;
+  ++fake.num_calls;
+  if (entry < 0) {
+    errno = -entry;
+    return -1;
+  }
+  const size_t most = entry == 0 ? size_bytes : static_cast<size_t>(entry);
+  return static_cast<ssize_t>(std::min(size_bytes, most));
+}
+
+ssize_t FakePwrite(int, const void* data, size_t size_bytes, off_t offset_bytes) {
+  if (fake.takes_nothing) return 0;
+  const ssize_t count = NextCount(size_bytes);
+  if (count <= 0) return count;
+  const size_t start = static_cast<size_t>(offset_bytes);
+  const size_t stop = start + static_cast<size_t>(count);
+  if (fake.bytes.size() < stop) fake.bytes.resize(stop);
+  std::memcpy(fake.bytes.data() + start, data, static_cast<size_t>(count));
+  return count;
+}
+
+ssize_t FakePread(int, void* data, size_t size_bytes, off_t offset_bytes) {
+  const size_t start = std::min(static_cast<size_t>(offset_bytes), fake.bytes.size());
+  const ssize_t count = NextCount(std::min(size_bytes, fake.bytes.size() - start));
+  if (count > 0) std::memcpy(data, fake.bytes.data() + start, static_cast<size_t>(count));
+  return count;
+}
+
+constexpr FileOps kFakeOps{FakePwrite, FakePread, [](int, int) { ++fake.num_waits; }};
+
+std::vector<uint8_t> Pattern(size_t size_bytes) {
+  std::vector<uint8_t> bytes(size_bytes);
+  for (size_t i = 0; i < size_bytes; ++i) bytes[i] = static_cast<uint8_t>(i * 7 + 1);
+  return bytes;
+}
+
+TEST(ShortWritesAndInterruptionsAreCarriedOnFrom) {
+  const std::vector<uint8_t> data = Pattern(1000);
+  fake = Fake{.script = {1, -EINTR, 10, -EAGAIN, -EINTR, 500}};
+  const Status status = WriteFull(kFakeOps, 3, data.data(), data.size(), 24);
+  EXPECT(status.ok(), status.message());
+  EXPECT(fake.bytes.size() == 1024, std::to_string(fake.bytes.size()));
+  EXPECT(std::equal(data.begin(), data.end(), fake.bytes.begin() + 24), "bytes differ");
+  EXPECT(fake.num_waits == 1, "EAGAIN waits, EINTR does not");
+}
+
+TEST(ShortReadsAndInterruptionsAreCarriedOnFrom) {
+  fake = Fake{.bytes = Pattern(1000), .script = {1, -EINTR, 10, -EAGAIN, 3}};
+  std::vector<uint8_t> data(900);
+  size_t num_read = 0;
+  EXPECT(ReadFull(kFakeOps, 3, data.data(), data.size(), 50, &num_read).ok(), "");
+  EXPECT(num_read == 900, std::to_string(num_read));
+  EXPECT(std::equal(data.begin(), data.end(), fake.bytes.begin() + 50), "bytes differ");
+}
+
+TEST(AReadEndsWithTheFile) {
+  fake = Fake{.bytes = Pattern(100)};
+  std::vector<uint8_t> data(80, 0xEE);
+  size_t num_read = 0;
+  EXPECT(ReadFull(kFakeOps, 3, data.data(), data.size(), 60, &num_read).ok(), "");
+  EXPECT(num_read == 40, std::to_string(num_read));
+  EXPECT(data[39] == fake.bytes[99] && data[40] == 0xEE, "wrote past what was read");
+  EXPECT(ReadFull(kFakeOps, 3, data.data(), data.size(), 500, &num_read).ok() && num_read == 0, "");
+}
+
+TEST(AnErrorAfterAShortWriteIsReportedWithItsErrnoAndPlace) {
+  const std::vector<uint8_t> data = Pattern(1000);
+  fake = Fake{.script = {600, -ENOSPC}};
+  const Status status = WriteFull(kFakeOps, 3, data.data(), data.size(), 4096);
+  EXPECT(status.code() == StatusCode::kIo, "");
+  EXPECT(status.system_errno() == ENOSPC, std::to_string(status.system_errno()));
+  for (const char* part : {"write_full", "1000", "4096", "600", "No space"}) {
+    EXPECT(status.message().find(part) != std::string::npos, status.message());
+  }
+  EXPECT(fake.num_calls == 2, "an error must not be retried");
+}
+
+TEST(AReadErrorIsReportedWithItsErrno) {
+  fake = Fake{.bytes = Pattern(100), .script = {10, -EIO}};
+  std::vector<uint8_t> data(80);
+  size_t num_read = 0;
+  const Status status = ReadFull(kFakeOps, 3, data.data(), data.size(), 0, &num_read);
+  EXPECT(status.code() == StatusCode::kIo && status.system_errno() == EIO, status.message());
+}
+
+TEST(AFileThatNeverTakesAByteGivesUp) {
+  const std::vector<uint8_t> data = Pattern(10);
+  for (const int error : {EINTR, EAGAIN}) {
+    fake = Fake{.script = std::vector<int>(10 * kMaxStalls, -error)};
+    const Status status = WriteFull(kFakeOps, 3, data.data(), data.size(), 0);
+    EXPECT(status.system_errno() == error, status.message());
+    EXPECT(fake.num_calls == size_t{kMaxStalls}, std::to_string(fake.num_calls));
+  }
+  fake = Fake{.takes_nothing = true};
+  EXPECT(WriteFull(kFakeOps, 3, data.data(), data.size(), 0).system_errno() == EIO, "");
+}
+
+TEST(RangesThatAreNoneAreRefusedBeforeAnyCall) {
+  uint8_t byte = 0;
+  size_t num_read = 0;
+  fake = Fake{};
+  EXPECT(WriteFull(kFakeOps, 3, &byte, 1, -1).code() == StatusCode::kInvalid, "");
+  EXPECT(WriteFull(kFakeOps, 3, nullptr, 1, 0).code() == StatusCode::kInvalid, "");
+  EXPECT(ReadFull(kFakeOps, 3, &byte, SIZE_MAX, 1, &num_read).code() == StatusCode::kInvalid, "");
+  EXPECT(ReadFull(kFakeOps, 3, nullptr, 1, 0, &num_read).code() == StatusCode::kInvalid, "");
+  EXPECT(fake.num_calls == 0, std::to_string(fake.num_calls));
+  EXPECT(WriteFull(kFakeOps, 3, nullptr, 0, 0).ok(), "nothing to write is fine");
+}
+
+}  // namespace
+}  // namespace shardckpt
