@@ -1,0 +1,173 @@
+"""What every benchmark shares: arguments, facts of the machine, a table, and one JSON line.
+
+A script compares two things in one run, alternating them, and judges ratios: times depend on the
+machine and on what else runs there. With `--check` it exits 1 when a figure falls short.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import re
+import statistics
+import sys
+import tempfile
+from contextlib import contextmanager
+from pathlib import Path
+from time import perf_counter
+from typing import TYPE_CHECKING, Any, Final
+
+import shardckpt
+import torch
+from shardckpt import native
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Sequence
+
+GIB: Final = 1 << 30
+MIB: Final = 1 << 20
+
+
+def arguments(description: str) -> argparse.ArgumentParser:
+    """Return a parser with what every benchmark takes."""
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument("--json", type=Path, help="write the result there, too")
+    parser.add_argument("--check", action="store_true", help="exit 1 if a figure falls short")
+    parser.add_argument(
+        "--directory", type=Path, default=Path(), help="where checkpoints go; a real disk"
+    )
+    return parser
+
+
+def facts() -> dict[str, Any]:
+    """Return machine and versions, without names or paths."""
+    return {
+        "command": " ".join(["python", "benchmarks/" + Path(sys.argv[0]).name, *_told()]),
+        "cpu": _first_match("/proc/cpuinfo", r"model name\s*:\s*(.+)"),
+        "cores": len(os.sched_getaffinity(0)),
+        "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / GIB, 1),
+        "kernel": platform.release().split("-")[0],
+        "python": platform.python_version(),
+        "torch": str(torch.__version__),
+        "shardckpt": shardckpt.__version__,
+        "native": native.IS_NATIVE,
+    }
+
+
+def _told() -> list[str]:
+    """Return the arguments that change what is measured, without places."""
+    told = list(sys.argv[1:])
+    for option in ("--json", "--directory"):
+        if option in told:
+            at = told.index(option)
+            del told[at : at + 2]
+    return told
+
+
+def _first_match(path: str, pattern: str) -> str:
+    found = re.search(pattern, Path(path).read_text())
+    return found.group(1).strip() if found else "unknown"
+
+
+class Report:
+    """The figures of one benchmark; a figure is judged when it is added."""
+
+    def __init__(self, benchmark: str) -> None:
+        """Start without figures."""
+        self._benchmark = benchmark
+        self._figures: dict[str, dict[str, Any]] = {}
+        self.facts: dict[str, Any] = facts()
+
+    def add(
+        self,
+        name: str,
+        value: float,
+        *,
+        at_least: float | None = None,
+        at_most: float | None = None,
+    ) -> None:
+        """Add a figure; without a bound it is only told.
+
+        Args:
+            name: What was measured; a unit other than a ratio ends the name.
+            value: The figure.
+            at_least: It must not be less.
+            at_most: It must not be more.
+        """
+        ok = (at_least is None or value >= at_least) and (at_most is None or value <= at_most)
+        must = f">= {at_least:g}" if at_least is not None else ""
+        must += f"<= {at_most:g}" if at_most is not None else ""
+        self._figures[name] = {"value": float(f"{value:.4g}"), "must": must or None, "ok": ok}
+
+    def finish(self, told: argparse.Namespace) -> int:
+        """Print the table and the JSON line; return the exit status."""
+        table(
+            ("figure", "value", "must", "ok"),
+            [
+                (name, f["value"], f["must"] or "", "yes" if f["ok"] else "NO")
+                for name, f in self._figures.items()
+            ],
+        )
+        result = {"benchmark": self._benchmark, "facts": self.facts, "figures": self._figures}
+        if told.json is not None:
+            told.json.parent.mkdir(parents=True, exist_ok=True)
+            told.json.write_text(json.dumps(result, indent=1) + "\n")
+        say(json.dumps(result))
+        return int(told.check and not all(f["ok"] for f in self._figures.values()))
+
+
+def say(line: str) -> None:
+    """Print one line now, so that a run that takes minutes can be followed."""
+    sys.stdout.write(line + "\n")
+    sys.stdout.flush()
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
+    """Print rows in columns as wide as their widest cell."""
+    cells = [[str(cell) for cell in row] for row in [header, *rows]]
+    widths = [max(len(row[i]) for row in cells) for i in range(len(header))]
+    for row in cells:
+        say("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+
+
+def spread(seconds: Sequence[float]) -> str:
+    """Return median and range as text."""
+    return f"{statistics.median(seconds):.3f} ({min(seconds):.3f} to {max(seconds):.3f})"
+
+
+def timed(call: Callable[[], object]) -> float:
+    """Return the seconds that a call takes."""
+    started = perf_counter()
+    call()
+    return perf_counter() - started
+
+
+def drop_from_cache(directory: Path) -> None:
+    """Make the next read of every file below come from the disk.
+
+    Dirty pages cannot be dropped, so each file is flushed first.
+    """
+    for path in directory.rglob("*"):
+        if not path.is_file():
+            continue
+        fd = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(fd)
+            os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
+        finally:
+            os.close(fd)
+
+
+def resident_bytes() -> int:
+    """Return the anonymous memory of this process that is in RAM: page cache does not count."""
+    kib = _first_match("/proc/self/status", r"RssAnon:\s*(\d+) kB")
+    return int(kib) * 1024
+
+
+@contextmanager
+def scratch(parent: Path) -> Iterator[Path]:
+    """Give a directory that is removed afterwards."""
+    with tempfile.TemporaryDirectory(prefix="shardckpt-bench-", dir=parent.resolve()) as name:
+        yield Path(name)
