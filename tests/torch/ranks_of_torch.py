@@ -111,11 +111,26 @@ def full_values(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str,
     """Return every value of a state as whole tensors, gathered by torch itself."""
     if isinstance(model, FullyShardedDataParallel):
         with FullyShardedDataParallel.summon_full_params(model):
-            found = {k: v.detach().clone() for k, v in model.state_dict().items()}
-        for name, value in FullyShardedDataParallel.full_optim_state_dict(
-            model, optimizer, rank0_only=False
-        )["state"].items():
-            found.update({f"{name}/{k}": v.detach().clone() for k, v in value.items()})
+            found = {
+                k.replace("_fsdp_wrapped_module.", ""): v.detach().clone()
+                for k, v in model.state_dict().items()
+            }
+        # Not FullyShardedDataParallel.optim_state_dict(): on the CPU it gathers every state of a
+        # parameter into one buffer, so that exp_avg comes out with the values of exp_avg_sq.
+        for name, parameter in model.named_parameters():
+            mine = {
+                k: v
+                for k, v in optimizer.state[parameter].items()
+                if v.ndim == 0 or parameter.numel()
+            }
+            by_rank: list[Any] = [None] * dist.get_world_size()
+            dist.all_gather_object(by_rank, mine)
+            for key in {key: None for states in by_rank for key in states}:
+                parts = [states[key] for states in by_rank if key in states]
+                shape = found[name.replace("_fsdp_wrapped_module.", "")].shape
+                found[f"{name}/{key}"] = (
+                    torch.cat(parts).reshape(shape) if parts[0].ndim else parts[0]
+                )
         return {k.replace("_fsdp_wrapped_module.", ""): v for k, v in found.items()}
     inner = model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
     found = {k: full(v).detach().clone() for k, v in inner.state_dict().items()}

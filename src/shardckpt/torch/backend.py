@@ -1,315 +1,287 @@
-"""The torch side of the seam: describes a state and takes a restored one apart again.
+"""The torch side of the framework seam: a mapping of names to modules, optimizers and other stateful objects.
 
-Layer: torch. Runs no collective and touches no process group.
+Layer: torch. No collectives, no process group: what other ranks hold follows from placements.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, MutableMapping
-from dataclasses import dataclass, field
-from typing import Any, final
+from collections.abc import Iterable, Mapping, MutableMapping
+from dataclasses import dataclass, field, replace
+from typing import Any, Final, final
 
 import torch
 from torch import nn
 
 from shardckpt.backend import SavedState, Targets
+from shardckpt.errors import UnsupportedStateError
+from shardckpt.format.tagged import MAX_DEPTH, decode, encode
 from shardckpt.load.check import is_wanted
 from shardckpt.state import HostArray, Leaf, PerRank, PerRankValue, StateTree
 from shardckpt.torch import copies
-from shardckpt.torch.modules import NamedTensors, named_tensors, parameter_names
+from shardckpt.torch.leaves import ModuleView
 from shardckpt.torch.objects import (
+    ObjectPlan,
+    Stateful,
     as_per_rank,
-    decode_object,
-    decode_per_rank,
+    describe_object,
     describe_per_rank,
-    encode_object,
-    is_stateful,
+    give,
+    give_per_rank,
+    plan_object,
+    plan_tensor,
 )
-from shardckpt.torch.optimizer import (
-    ROLES,
-    check_groups,
-    created_state,
-    group_names,
-    hyperparameters,
-    set_hyperparameters,
-)
-from shardckpt.torch.private import FlatRange, local_tensor
-from shardckpt.torch.shards import Layouts, torch_dtype
+from shardckpt.torch.optimizer import OptimizerPlan, OptimizerView
+from shardckpt.torch.shards import Leaves
+from shardckpt.torch.values import decode_inline, encode_inline
 
-Finish = Callable[[], object]
+
+@dataclass(frozen=True, slots=True)
+class _Item:
+    """One named object of the user's state, and the mapping it stands in."""
+
+    name: str
+    value: object
+    container: Mapping[str, object]
+    key: str
+
+
+@dataclass(slots=True)
+class _Finish:
+    """What `finish` still has to hand over; only what was asked for."""
+
+    extra: list[tuple[ModuleView, str]] = field(default_factory=list)
+    optimizers: list[tuple[OptimizerView, OptimizerPlan]] = field(default_factory=list)
+    objects: list[tuple[_Item, ObjectPlan]] = field(default_factory=list)
+    per_rank: list[_Item] = field(default_factory=list)
 
 
 @final
 class TorchBackend:
-    """`shardckpt.backend.Backend` for torch."""
+    """State is a mapping of names to modules, optimizers, stateful objects, tensors and plain values.
+
+    Keys: `<name>/<parameter or buffer>` for modules, `<name>/state/<parameter>/<state>` and `<name>/param_groups` for
+    optimizers, `<name>` and `<name>/<path of a tensor>` for the rest. Mappings may nest. Not thread-safe.
+    """
 
     name = "torch"
 
     def __init__(self) -> None:
-        """Remember layouts between saves."""
-        self._layouts = Layouts()
+        """Start with nothing cached."""
+        self._leaves = Leaves()
 
     def describe(self, state: Mapping[str, Any]) -> StateTree:
-        """Return what the mapping holds, without copying arrays and without communication.
+        """Return what `state` holds, without copying arrays and without communication.
 
         Raises:
-            UnsupportedStateError: A value cannot be stored exactly.
+            UnsupportedStateError: A value cannot be stored exactly; names its path.
         """
-        walk = _Walk(self._layouts, state, None, ())
-        walk.run()
-        return StateTree(walk.sorted_leaves(), walk.objects, walk.per_rank, walk.aliases)
+        _refuse_capture()
+        items, modules = self._look(state)
+        found: list[Leaf] = []
+        objects: dict[str, object] = {}
+        per_rank: dict[str, PerRankValue] = {}
+        aliases: dict[str, str] = {}
+        for item in items:
+            value = item.value
+            if isinstance(value, nn.Module):
+                view = modules[item.name]
+                found += view.leaves(self._leaves)
+                aliases.update(
+                    {f"{item.name}/{a}": f"{item.name}/{b}" for a, b in view.aliases.items()}
+                )
+                for name, extra in view.extra.items():
+                    key = f"{item.name}/{name}"
+                    objects[key] = encode(extra, key, extension=encode_inline)
+            elif isinstance(value, torch.optim.Optimizer):
+                leaves, values = OptimizerView(item.name, value, modules).describe(self._leaves)
+                found += leaves
+                objects.update(values)
+            elif (marked := as_per_rank(value)) is not None:
+                per_rank[item.name] = describe_per_rank(item.name, marked)
+            elif isinstance(value, torch.Tensor):
+                found.append(self._leaves.leaf(item.name, value, "other"))
+            else:
+                leaves, objects[item.name] = describe_object(item.name, value, self._leaves)
+                found += leaves
+        found.sort(key=lambda leaf: leaf.key)
+        _check_distinct([*(leaf.key for leaf in found), *objects, *per_rank, *aliases])
+        return StateTree(tuple(found), objects, per_rank, aliases)
 
     def host_array(self, data: object) -> HostArray:
-        """Return host memory of a shard."""
+        """Return host memory of a shard; a device tensor is copied to the host first."""
         assert isinstance(data, torch.Tensor)
         return copies.host_array(data)
 
     def targets(
         self, state: Mapping[str, Any], saved: SavedState, *, only: tuple[str, ...]
     ) -> Targets:
-        """Return what the mapping wants filled; missing optimizer state is made, not attached.
+        """Return what `state` wants filled, given what is saved; changes nothing the user can see.
+
+        Args:
+            state: The user's state.
+            saved: What the checkpoint holds, under the target's names.
+            only: Globs of keys wanted; empty means all.
 
         Raises:
             UnsupportedStateError: A value cannot be filled.
-            StateMismatchError: An optimizer has another number of groups.
+            StateMismatchError: Parameter groups differ.
         """
-        walk = _Walk(self._layouts, state, saved, only)
-        walk.run()
-        leaves = {leaf.key: leaf for leaf in walk.sorted_leaves() if is_wanted(leaf.key, only)}
-        return Targets(
-            leaves,
-            frozenset(key for key in walk.objects if is_wanted(key, only)),
-            frozenset(key for key in walk.per_rank if is_wanted(key, only)),
-            walk.finishers,
-        )
+        items, modules = self._look(state)
+        found: list[Leaf] = []
+        object_keys: set[str] = set()
+        per_rank_keys: set[str] = set()
+        finish = _Finish()
+        for item in items:
+            value = item.value
+            if isinstance(value, nn.Module):
+                view = modules[item.name]
+                view.check_fillable()
+                found += _as_saved(view, view.leaves(self._leaves), saved)
+                wanted = [name for name in view.extra if is_wanted(f"{item.name}/{name}", only)]
+                object_keys.update(f"{item.name}/{name}" for name in wanted)
+                finish.extra += [(view, name) for name in wanted]
+            elif isinstance(value, torch.optim.Optimizer):
+                optimizer = OptimizerView(item.name, value, modules)
+                plan = optimizer.plan(saved, self._leaves, lambda key: is_wanted(key, only))
+                found += plan.leaves
+                object_keys |= plan.object_keys
+                finish.optimizers.append((optimizer, plan))
+            elif isinstance(value, torch.Tensor):
+                found.append(plan_tensor(item.name, value, self._leaves))
+            elif is_wanted(item.name, only):
+                _check_replaceable(item)
+                if as_per_rank(value) is not None:
+                    per_rank_keys.add(item.name)
+                    finish.per_rank.append(item)
+                else:
+                    planned = plan_object(item.name, value, saved, self._leaves)
+                    found += planned.leaves
+                    object_keys.add(item.name)
+                    finish.objects.append((item, planned))
+        leaves = {leaf.key: leaf for leaf in sorted(found, key=lambda leaf: leaf.key)}
+        return Targets(leaves, frozenset(object_keys), frozenset(per_rank_keys), finish)
 
     def host_target(self, data: object) -> HostArray:
-        """Return writable host memory for a target shard.
-
-        Raises:
-            UnsupportedStateError: The tensor is a lazy view that cannot be written.
-        """
+        """Return writable host memory for a target shard; for a device tensor, a buffer for `placed`."""
         assert isinstance(data, torch.Tensor)
         return copies.host_target(data)
 
     def placed(self, data: object, host: HostArray) -> None:
-        """Copy a filled buffer into a tensor on a device."""
+        """Copy a filled buffer into a device tensor; CPU tensors were filled in place."""
         assert isinstance(data, torch.Tensor)
-        copies.placed(data, host)
+        copies.place(data, host)
 
     def finish(self, targets: Targets, saved: SavedState) -> None:
-        """Attach created state and hand every value to its owner."""
-        finishers = targets.finish_data
-        assert isinstance(finishers, list)
-        with torch.no_grad():
-            for finish in finishers:
-                finish()
+        """Attach created optimizer state and hand objects and per-rank values to their owners.
 
+        Random generators come last, since an owner may draw numbers while it takes its state.
 
-@dataclass(slots=True)
-class _Walk:
-    """One pass over the user's state, for a save (`saved` is None) or a restore."""
+        Raises:
+            StateMismatchError: An owner refused its value.
+        """
+        finish = targets.finish_data
+        assert isinstance(finish, _Finish)
+        for view, name in finish.extra:
+            key = f"{view.name}/{name}"
+            if key in saved.objects:
+                view.set_extra(name, decode(saved.objects[key], extension=decode_inline, what=key))
+        for optimizer, plan in finish.optimizers:
+            optimizer.attach(plan, saved)
+        for item, planned in finish.objects:
+            if item.name in saved.objects:
+                _replace(
+                    item, give(item.name, item.value, saved.objects[item.name], planned.tensors)
+                )
+        for item in finish.per_rank:
+            if item.name in saved.per_rank:
+                _replace(item, give_per_rank(item.name, item.value, saved.per_rank[item.name]))
 
-    layouts: Layouts
-    state: Mapping[str, Any]
-    saved: SavedState | None
-    only: tuple[str, ...]
-    leaves: list[Leaf] = field(default_factory=list)
-    objects: dict[str, object] = field(default_factory=dict)
-    per_rank: dict[str, PerRankValue] = field(default_factory=dict)
-    aliases: dict[str, str] = field(default_factory=dict)
-    finishers: list[Finish] = field(default_factory=list)
-    modules: dict[str, nn.Module] = field(default_factory=dict)
-    flat: dict[int, FlatRange] = field(default_factory=dict)
-    optimizers: dict[str, torch.optim.Optimizer] = field(default_factory=dict)
-
-    def run(self) -> None:
-        self._mapping("", self.state)
-        # Optimizers last: their parameters get names from all modules, wherever those stand.
-        names = parameter_names(self.modules)
-        for key, optimizer in self.optimizers.items():
-            self._optimizer(key, optimizer, names)
-
-    def sorted_leaves(self) -> tuple[Leaf, ...]:
-        return tuple(sorted(self.leaves, key=lambda leaf: leaf.key))
-
-    def _mapping(self, prefix: str, mapping: Mapping[str, Any]) -> None:
-        for name, value in mapping.items():
-            key = f"{prefix}{name}"
-            marked = as_per_rank(value)
-            if marked is not None:
-                self._per_rank(key, marked, mapping, name)
-            elif isinstance(value, nn.Module):
-                self._module(key, value)
-            elif isinstance(value, torch.optim.Optimizer):
-                self.optimizers[key] = value
-            elif isinstance(value, torch.Tensor):
-                self.leaves.append(self.layouts.leaf(key, "other", value))
-            elif isinstance(value, Mapping) and _holds_state(value):
-                self._mapping(f"{key}/", value)
-            elif is_stateful(value):
-                self._object(key, value.state_dict(), value.load_state_dict)
-            else:
-                self._object(key, value, _replacer(mapping, name))
-
-    def _module(self, key: str, module: nn.Module) -> None:
-        found = named_tensors(key, module)
-        self.modules[key] = module
-        self.flat.update(found.flat)
-        stored: dict[tuple[Any, ...], str] = {}
-        for name in sorted(found.tensors):
-            self._module_tensor(key, name, found, stored)
-        for name, part in found.extra.items():
-            self._object(f"{key}/{name}", part.get_extra_state(), part.set_extra_state)
-
-    def _module_tensor(
-        self, key: str, name: str, found: NamedTensors, stored: dict[tuple[Any, ...], str]
-    ) -> None:
-        tensor = found.tensors[name]
-        full = f"{key}/{name}"
-        identity = _identity(tensor)
-        if identity is not None:
-            first = stored.setdefault(identity, full)
-            if first != full:
-                self.aliases[full] = first
-                return
-        role = "param" if name in found.parameters else "buffer"
-        self.leaves.append(self.layouts.leaf(full, role, tensor, found.flat.get(id(tensor))))
-
-    def _optimizer(self, key: str, optimizer: torch.optim.Optimizer, names: dict[int, str]) -> None:
-        groups = group_names(key, optimizer, names)
-        plain: dict[str, dict[str, object]] = {}
-        for group, of_group in zip(optimizer.param_groups, groups, strict=True):
-            for parameter, name in zip(group["params"], of_group, strict=True):
-                flat = self.flat.get(id(parameter))
-                for state_name, value in optimizer.state.get(parameter, {}).items():
-                    full = f"{key}/state/{name}/{state_name}"
-                    if isinstance(value, torch.Tensor):
-                        role = ROLES.get(state_name, "other")
-                        self.leaves.append(
-                            self.layouts.leaf(full, role, value, flat if value.ndim else None)
-                        )
-                    else:
-                        plain.setdefault(name, {})[state_name] = value
-        self._object(
-            f"{key}/param_groups",
-            hyperparameters(optimizer, groups),
-            lambda value: set_hyperparameters(optimizer, value),
-        )
-        if plain or (self.saved is not None and f"{key}/state_objects" in self.saved.objects):
-            self._object(
-                f"{key}/state_objects", plain, lambda value: _set_plain(optimizer, groups, value)
+    def _look(self, state: Mapping[str, Any]) -> tuple[list[_Item], dict[str, ModuleView]]:
+        if not isinstance(state, Mapping):
+            raise UnsupportedStateError(
+                f"the state is a {type(state).__qualname__}; pass a mapping such as "
+                "{'model': model, 'optimizer': optimizer}"
             )
-        if self.saved is not None:
-            self._create(key, optimizer, groups, self.saved)
-
-    def _create(
-        self, key: str, optimizer: torch.optim.Optimizer, groups: list[list[str]], saved: SavedState
-    ) -> None:
-        """Add targets for saved state that the optimizer has not made yet."""
-        wanted_groups = saved.objects.get(f"{key}/param_groups")
-        if is_wanted(f"{key}/param_groups", self.only) and wanted_groups is not None:
-            check_groups(key, optimizer, wanted_groups)
-        created = created_state(key, optimizer, groups, saved, self.flat)
-        for full, (parameter, state_name, tensor) in created.items():
-            if not is_wanted(full, self.only):
-                continue
-            flat = self.flat.get(id(parameter)) if tensor.ndim else None
-            self.leaves.append(
-                self.layouts.leaf(full, ROLES.get(state_name, "other"), tensor, flat)
-            )
-            self.finishers.append(_attacher(optimizer, parameter, state_name, tensor))
-
-    def _per_rank(self, key: str, marked: PerRank, mapping: Mapping[str, Any], name: str) -> None:
-        self.per_rank[key] = describe_per_rank(key, marked)
-        if self.saved is None or key not in self.saved.per_rank or not is_wanted(key, self.only):
-            return
-        value = self.saved.per_rank[key]
-        owner = marked.value
-        if is_stateful(owner):
-            self.finishers.append(lambda: owner.load_state_dict(decode_per_rank(value)))  # type: ignore[attr-defined]
-        else:
-            replace = _replacer(mapping, name)
-            self.finishers.append(lambda: replace(PerRank(decode_per_rank(value), marked.rule)))
-
-    def _object(self, key: str, value: object, take: Callable[[Any], object]) -> None:
-        if self.saved is None:
-            self.objects[key] = encode_object(key, value, self._object_leaf)
-            return
-        self.objects[key] = None
-        saved = self.saved.objects.get(key)
-        if key not in self.saved.objects or not is_wanted(key, self.only):
-            return
-        tensors = {
-            path: torch.empty(
-                self.saved.leaves[path].spec.shape,
-                dtype=torch_dtype(self.saved.leaves[path].spec.dtype),
-            )
-            for path in _leaf_paths(saved)
-            if path in self.saved.leaves
+        self._leaves.begin()
+        items = _items(state, "", 0)
+        modules = {
+            i.name: ModuleView(i.name, i.value) for i in items if isinstance(i.value, nn.Module)
         }
-        for path, tensor in tensors.items():
-            self._object_leaf(path, tensor)
-        self.finishers.append(lambda: take(decode_object(saved, tensors)))
-
-    def _object_leaf(self, path: str, tensor: torch.Tensor) -> None:
-        self.leaves.append(self.layouts.leaf(path, "other", tensor))
+        return items, modules
 
 
-def _holds_state(mapping: Mapping[Any, Any]) -> bool:
-    """Whether a mapping groups stateful things, rather than being a plain value itself."""
-    return (
-        bool(mapping)
-        and all(isinstance(k, str) for k in mapping)
-        and any(
-            isinstance(v, (nn.Module, torch.optim.Optimizer, torch.Tensor))
-            or as_per_rank(v) is not None
-            or is_stateful(v)
-            or (isinstance(v, Mapping) and _holds_state(v))
-            for v in mapping.values()
-        )
+def _items(state: Mapping[str, Any], prefix: str, depth: int) -> list[_Item]:
+    items: list[_Item] = []
+    for key, value in state.items():
+        if not isinstance(key, str) or not key:
+            raise UnsupportedStateError(
+                f"{prefix or 'the state'}: names are non-empty strings, got {key!r}"
+            )
+        if _holds_state(value, depth):
+            items += _items(value, f"{prefix}{key}/", depth + 1)
+        else:
+            items.append(_Item(prefix + key, value, state, key))
+    return items
+
+
+def _holds_state(value: object, depth: int) -> bool:
+    """Return whether a value is a mapping of named objects rather than one plain value."""
+    if depth > MAX_DEPTH or not isinstance(value, Mapping) or isinstance(value, Stateful):
+        return False
+    return all(isinstance(key, str) and key for key in value) and any(
+        isinstance(inner, (torch.Tensor, PerRank, Stateful)) or _holds_state(inner, depth + 1)
+        for inner in value.values()
     )
 
 
-def _identity(tensor: torch.Tensor) -> tuple[Any, ...] | None:
-    local = local_tensor(tensor) if hasattr(tensor, "_local_tensor") else tensor
-    if local.numel() == 0 or local.is_meta or local.layout is not torch.strided:
-        return None
-    return local.data_ptr(), tuple(local.shape), local.stride(), local.dtype
+def _as_saved(view: ModuleView, leaves: list[Leaf], saved: SavedState) -> list[Leaf]:
+    """Return leaves under the saved name where a tied tensor was saved under another of its names."""
+    names = {
+        f"{view.name}/{stored}": f"{view.name}/{alias}" for alias, stored in view.aliases.items()
+    }
+
+    def is_saved(key: str) -> bool:
+        return key in saved.leaves or key in saved.aliases
+
+    return [
+        replace(leaf, key=names[leaf.key])
+        if leaf.key in names and not is_saved(leaf.key) and is_saved(names[leaf.key])
+        else leaf
+        for leaf in leaves
+    ]
 
 
-def _leaf_paths(value: object) -> list[str]:
-    """Return the keys of the leaves that tagged JSON refers to."""
-    if isinstance(value, list):
-        return [path for item in value for path in _leaf_paths(item)]
-    if isinstance(value, dict):
-        inner = value.get("v")
-        if value.get("$") == "x" and isinstance(inner, dict) and "leaf" in inner:
-            return [str(inner["leaf"])]
-        return [path for item in value.values() for path in _leaf_paths(item)]
-    return []
+def _check_replaceable(item: _Item) -> None:
+    value = item.value.value if isinstance(item.value, PerRank) else item.value
+    if not isinstance(value, Stateful) and not isinstance(item.container, MutableMapping):
+        raise UnsupportedStateError(
+            f"{item.name}: a {type(value).__qualname__} is replaced when it is restored, but it stands in a "
+            f"{type(item.container).__qualname__}, which cannot be changed; use a dict"
+        )
 
 
-def _replacer(mapping: Mapping[str, Any], name: str) -> Callable[[Any], None]:
-    def replace(value: Any) -> None:
-        if isinstance(mapping, MutableMapping):
-            mapping[name] = value
-
-    return replace
+def _replace(item: _Item, value: object) -> None:
+    if value is not item.value:
+        assert isinstance(item.container, MutableMapping)
+        item.container[item.key] = value
 
 
-def _attacher(
-    optimizer: torch.optim.Optimizer, parameter: nn.Parameter, state_name: str, tensor: torch.Tensor
-) -> Finish:
-    def attach() -> None:
-        optimizer.state[parameter][state_name] = tensor
+def _check_distinct(keys: Iterable[str]) -> None:
+    seen: set[str] = set()
+    for key in keys:
+        if key in seen:
+            raise UnsupportedStateError(
+                f"{key}: two parts of the state have this key; rename one of them"
+            )
+        seen.add(key)
 
-    return attach
 
-
-def _set_plain(
-    optimizer: torch.optim.Optimizer, groups: list[list[str]], values: dict[str, dict[str, Any]]
-) -> None:
-    for group, names in zip(optimizer.param_groups, groups, strict=True):
-        for parameter, name in zip(group["params"], names, strict=True):
-            optimizer.state[parameter].update(values.get(name, {}))
+def _refuse_capture() -> None:
+    if (
+        torch.cuda.is_available()
+        and torch.cuda.is_initialized()
+        and torch.cuda.is_current_stream_capturing()
+    ):
+        raise UnsupportedStateError(
+            "the current stream captures a CUDA graph; save outside of the capture"
+        )

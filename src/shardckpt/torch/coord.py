@@ -1,60 +1,88 @@
-"""Ranks agree through the job's own c10d store, over a connection of our own.
+"""Coordination through torch's own key-value store, without its process group.
 
-Layer: torch. A pending call on the trainer's client would block the trainer's own calls, and c10d
-calls ignore their timeouts once the server is gone; so calls go over a clone of the store, in a
-thread that may be left behind.
+Layer: torch. A c10d store has one connection per client: a call that waits blocks every other user of it, and no call
+heeds its timeout once the server is gone. So this one has a connection of its own, used by one helper thread that is
+left behind when it does not answer. TCPStore drops the connection on a value of more than 8 MiB, so large values
+travel in parts.
 """
 
 from __future__ import annotations
 
 import os
 import threading
-from concurrent.futures import Future
-from concurrent.futures import wait as wait_futures
+from collections.abc import Callable
+from datetime import timedelta
 from queue import SimpleQueue
-from typing import TYPE_CHECKING, Any, TypeVar, final
+from typing import Any, Final, Generic, TypeVar, final
 
-import torch.distributed as dist
+import torch
 
+from shardckpt.coord.base import Coord
 from shardckpt.coord.single import SingleCoord
-from shardckpt.errors import DeadlineError, ShardckptError
-from shardckpt.torch.private import default_store
+from shardckpt.errors import DeadlineError
+from shardckpt.torch import private
 
-if TYPE_CHECKING:
-    from collections.abc import Callable
-
-    from shardckpt.coord.base import Coord
-
+PREFIX: Final = "shardckpt"
+PART_BYTES: Final = 4 << 20
+_MAX_ABANDONED: Final = 4
+_WHOLE: Final = b"w"
+_PARTS: Final = b"p"
 T = TypeVar("T")
+
+
+def default_coord(timeout_s: float) -> Coord:
+    """Return the coordination of this job: torch's store, or a dictionary for a job of one process.
+
+    Args:
+        timeout_s: Seconds that one call of the store may take.
+
+    Raises:
+        ValueError: The environment says several ranks, but torch.distributed is not initialised.
+    """
+    distributed = torch.distributed
+    if distributed.is_available() and distributed.is_initialized():
+        rank, world_size = distributed.get_rank(), distributed.get_world_size()
+        if world_size == 1:
+            return SingleCoord()
+        return C10dCoord(private.default_store(), rank, world_size, timeout_s=timeout_s)
+    world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    if world_size > 1:
+        raise ValueError(
+            f"WORLD_SIZE is {world_size}, but torch.distributed is not initialised; call "
+            "torch.distributed.init_process_group() first, or pass coord="
+        )
+    return SingleCoord()
 
 
 @final
 class C10dCoord:
-    """A `Coord` on a c10d store. Thread-safe."""
+    """The keys of one job in a c10d store (TCPStore, FileStore, HashStore). Thread-safe."""
 
     def __init__(self, store: Any, rank: int, world_size: int, *, timeout_s: float) -> None:
-        """Open an own connection.
+        """Use a store that all ranks share; the trainer may go on using it.
 
         Args:
-            store: A c10d Store; cloned.
+            store: The job's store.
             rank: This rank.
             world_size: Ranks in the job.
-            timeout_s: Seconds until one call counts as lost.
+            timeout_s: Seconds that one call may take.
 
         Raises:
-            DeadlineError: The store did not answer.
+            ValueError: The rank is not below the world size.
         """
+        if not 0 <= rank < world_size:
+            raise ValueError(f"rank {rank} is not in a world of {world_size} ranks")
+        self._store = store
         self._rank = rank
         self._world_size = world_size
         self._timeout_s = timeout_s
-        self._calls: SimpleQueue[tuple[Future[Any], Callable[[], Any]] | None] = SimpleQueue()
-        self._is_lost = False
-        threading.Thread(target=self._serve, name="shardckpt-coord", daemon=True).start()
-        self._store = self._call(store.clone, "clone")
+        self._lock = threading.Lock()
+        self._helper: _Helper | None = None
+        self._num_abandoned = 0
 
     @property
     def rank(self) -> int:
-        """This rank."""
+        """This rank; rank 0 is the coordinator."""
         return self._rank
 
     @property
@@ -63,78 +91,149 @@ class C10dCoord:
         return self._world_size
 
     def set(self, key: str, value: bytes) -> None:
-        """Publish a value.
+        """Publish a value, its parts first, so that a reader finds all of it or nothing.
 
         Raises:
             DeadlineError: The store did not answer in time.
         """
-        self._call(lambda: self._store.set(key, value), f"set {key}")
+        if len(value) < PART_BYTES:
+            self._set(key, _WHOLE + value)
+            return
+        parts = [value[i : i + PART_BYTES] for i in range(0, len(value), PART_BYTES)]
+        for i, part in enumerate(parts):
+            self._set(f"{key}#{i}", _WHOLE + part)
+        self._set(key, _PARTS + str(len(parts)).encode())
 
     def get(self, key: str) -> bytes | None:
-        """Return the value, or None where nothing is published yet.
+        """Return the value, or None where nothing is published yet; never waits for it.
 
         Raises:
             DeadlineError: The store did not answer in time.
         """
-
-        def read() -> bytes | None:
-            return self._store.get(key) if self._store.check([key]) else None
-
-        return self._call(read, f"get {key}")
+        raw = self._get(key)
+        if raw is None or raw[:1] == _WHOLE:
+            return None if raw is None else raw[1:]
+        parts = [self._get(f"{key}#{i}") for i in range(int(raw[1:]))]
+        # A part is absent only where the value was deleted meanwhile.
+        return None if None in parts else b"".join(part[1:] for part in parts if part is not None)
 
     def delete(self, key: str) -> None:
-        """Forget a key; best effort."""
+        """Forget a key; an absent key is fine. Best effort, never raises."""
         try:
-            self._call(lambda: self._store.delete_key(key), f"delete {key}")
-        except ShardckptError:
+            raw = self._get(key)
+            if raw is None:
+                return
+            num_parts = int(raw[1:]) if raw[:1] == _PARTS else 0
+            for name in (key, *(f"{key}#{i}" for i in range(num_parts))):
+                self._delete(name)
+        except (DeadlineError, ValueError):
             return
 
     def close(self) -> None:
-        """Let the thread end."""
-        self._calls.put(None)
+        """Let the helper thread end. Never raises."""
+        with self._lock:
+            if self._helper is not None:
+                self._helper.stop()
+            self._helper = None
 
-    def _call(self, function: Callable[[], T], what: str) -> T:
-        future: Future[T] = Future()
-        if not self._is_lost:
-            self._calls.put((future, function))
-        if self._is_lost or not wait_futures([future], self._timeout_s).done:
-            self._is_lost = True
+    def _set(self, key: str, raw: bytes) -> None:
+        self._call(f"set {key}", lambda store: store.set(key, raw))
+
+    def _delete(self, key: str) -> None:
+        self._call(f"delete {key}", lambda store: store.delete_key(key))
+
+    def _get(self, key: str) -> bytes | None:
+        # get() of an absent key would wait, so its presence is asked first.
+        return self._call(
+            f"get {key}", lambda store: store.get(key) if store.check([key]) else None
+        )
+
+    def _call(self, what: str, call: Callable[[Any], T]) -> T:
+        with self._lock:
+            if self._num_abandoned >= _MAX_ABANDONED:
+                raise DeadlineError(
+                    self._silent(what) + f"; gave up after {_MAX_ABANDONED} attempts"
+                )
+            if self._helper is None:
+                self._helper = _Helper(self._store, self._timeout_s)
+            helper = self._helper
+        task: _Task[T] = _Task(call)
+        helper.put(task)
+        if not task.done.wait(self._timeout_s):
+            self._abandon(helper)
+            raise DeadlineError(self._silent(what))
+        if task.error is not None:
+            self._abandon(helper, counts=False)
             raise DeadlineError(
-                f"the job's key-value store did not answer '{what}' within {self._timeout_s:g} "
-                "s; the process that "
-                "serves it (rank 0 or the launcher) is gone or unreachable"
-            )
-        try:
-            return future.result()
-        except (RuntimeError, OSError) as error:  # c10d's own errors are RuntimeErrors.
-            raise DeadlineError(f"the job's key-value store failed at '{what}': {error}") from error
+                f"rank {self._rank}: the job's key-value store failed at {what!r}: {task.error}. Its server is a "
+                "process of this job (rank 0 or the launcher): look whether it ended."
+            ) from task.error
+        with self._lock:
+            self._num_abandoned = 0
+        return task.result  # type: ignore[return-value]
 
-    def _serve(self) -> None:
-        while (call := self._calls.get()) is not None:
-            future, function = call
+    def _abandon(self, helper: _Helper, *, counts: bool = True) -> None:
+        """Leave a helper that does not answer behind; the next call makes a new connection."""
+        with self._lock:
+            helper.stop()
+            if self._helper is helper:
+                self._helper = None
+                self._num_abandoned += counts
+
+    def _silent(self, what: str) -> str:
+        return (
+            f"rank {self._rank}: the job's key-value store did not answer {what!r} within {self._timeout_s:g} s; its "
+            "server is a process of this job (rank 0 or the launcher): look whether it is alive"
+        )
+
+
+class _Task(Generic[T]):
+    """One call on its way to the helper thread and back."""
+
+    def __init__(self, call: Callable[[Any], T]) -> None:
+        self.call = call
+        self.done = threading.Event()
+        self.result: T | None = None
+        self.error: Exception | None = None
+
+
+@final
+class _Helper:
+    """A thread with its own connection; a daemon, so that a hanging call keeps nobody from leaving."""
+
+    def __init__(self, store: Any, timeout_s: float) -> None:
+        self._tasks: SimpleQueue[_Task[Any] | None] = SimpleQueue()
+        thread = threading.Thread(
+            target=self._serve, args=(store, timeout_s), name="shardckpt-store", daemon=True
+        )
+        thread.start()
+
+    def put(self, task: _Task[Any]) -> None:
+        self._tasks.put(task)
+
+    def stop(self) -> None:
+        self._tasks.put(None)
+
+    def _serve(self, store: Any, timeout_s: float) -> None:
+        own: Any = None
+        while (task := self._tasks.get()) is not None:
             try:
-                future.set_result(function())
-            except BaseException as error:
-                future.set_exception(error)
+                if own is None:
+                    own = torch.distributed.PrefixStore(PREFIX, _own_connection(store, timeout_s))
+                task.result = task.call(own)
+            except Exception as error:  # handed to the caller.
+                task.error = error
+            task.done.set()
 
 
-def default_coord(timeout_s: float) -> Coord:
-    """Return the coord of this job: that of torch.distributed, or one rank alone.
-
-    Raises:
-        ShardckptError: A launcher started several ranks and torch.distributed is not initialized.
-        DeadlineError: The store did not answer.
-    """
-    if dist.is_available() and dist.is_initialized():
-        if dist.get_world_size() == 1:
-            return SingleCoord()
-        return C10dCoord(
-            default_store(), dist.get_rank(), dist.get_world_size(), timeout_s=timeout_s
-        )
-    world_size = int(os.environ.get("WORLD_SIZE", "1"))
-    if world_size > 1:
-        raise ShardckptError(
-            f"WORLD_SIZE is {world_size}, but torch.distributed is not initialized; call "
-            "torch.distributed.init_process_group() before opening a checkpointer"
-        )
-    return SingleCoord()
+def _own_connection(store: Any, timeout_s: float) -> Any:
+    clone = getattr(store, "clone", None)
+    if clone is None:
+        return store
+    try:
+        own = clone()
+    except RuntimeError:
+        # A kind of store that cannot be cloned is shared; calls here never wait, so nobody is blocked long.
+        return store
+    own.set_timeout(timedelta(seconds=timeout_s))
+    return own

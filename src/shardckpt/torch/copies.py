@@ -48,14 +48,18 @@ def check_storable(tensor: torch.Tensor, what: str) -> None:
         UnsupportedStateError: Sparse, quantized, on the meta device, or of a foreign subclass; names `what`.
     """
     if tensor.layout is not torch.strided:
-        raise UnsupportedStateError(f"{what}: a {tensor.layout} tensor cannot be stored; make it dense")
+        raise UnsupportedStateError(
+            f"{what}: a {tensor.layout} tensor cannot be stored; make it dense"
+        )
     if tensor.is_meta:
         raise UnsupportedStateError(
             f"{what}: the tensor is on the meta device and has no values; materialize the module first "
             "(module.to_empty(device=...), then initialise or restore)"
         )
     if tensor.is_quantized:
-        raise UnsupportedStateError(f"{what}: a quantized tensor cannot be stored; store its int_repr() and scale")
+        raise UnsupportedStateError(
+            f"{what}: a quantized tensor cannot be stored; store its int_repr() and scale"
+        )
     if torch.utils._python_dispatch.is_traceable_wrapper_subclass(tensor):
         raise UnsupportedStateError(
             f"{what}: a {type(tensor).__module__}.{type(tensor).__qualname__} is made of several tensors and cannot "

@@ -14,7 +14,9 @@ from shardckpt.geometry.dtypes import ITEMSIZE_BYTES
 
 # Torch's own names are the canonical ones; an older torch lacks some of them.
 TORCH_DTYPE: Final[dict[str, torch.dtype]] = {
-    name: getattr(torch, name) for name in ITEMSIZE_BYTES if isinstance(getattr(torch, name, None), torch.dtype)
+    name: getattr(torch, name)
+    for name in ITEMSIZE_BYTES
+    if isinstance(getattr(torch, name, None), torch.dtype)
 }
 DTYPE_NAME: Final[dict[torch.dtype, str]] = {dtype: name for name, dtype in TORCH_DTYPE.items()}
 

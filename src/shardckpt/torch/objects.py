@@ -1,175 +1,239 @@
-"""State that is neither module nor optimizer: values, stateful objects, RNGs.
+"""State that is no module and no optimizer: schedulers, scalers, loaders, random numbers, plain values.
 
-Layer: torch.
+Layer: torch. A stateful object is what its `state_dict()` says: tensors in it become leaves `<name>/<path>`, the rest
+one tagged JSON value `<name>`. Values of one rank alone (`PerRank`, `RngState`, torchdata's StatefulDataLoader) are
+one JSON value per rank, tensors included.
 """
 
 from __future__ import annotations
 
-import base64
 import random
-import sys
-from typing import TYPE_CHECKING, Any, Final
+from array import array
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any, Final, Protocol, final, runtime_checkable
 
+import numpy as np
 import torch
 
-from shardckpt.errors import FormatError, UnsupportedStateError
+from shardckpt.backend import SavedState
+from shardckpt.errors import FormatError, StateMismatchError, UnsupportedStateError
 from shardckpt.format.tagged import decode, encode
-from shardckpt.state import HostArray, PerRank, PerRankRule, PerRankValue
-from shardckpt.torch.copies import host_array
-from shardckpt.torch.shards import dtype_name, torch_dtype
+from shardckpt.state import PER_RANK_RULES, Leaf, PerRank, PerRankRule, PerRankValue
+from shardckpt.torch import private
+from shardckpt.torch.copies import check_fillable
+from shardckpt.torch.dtypes import torch_dtype
+from shardckpt.torch.shards import Leaves
+from shardckpt.torch.values import (
+    MAX_PER_RANK_BYTES,
+    collector,
+    decode_inline,
+    encode_inline,
+    references,
+    resolver,
+)
 
-if TYPE_CHECKING:
-    from collections.abc import Callable
 
-_MAX_INLINE_BYTES: Final = 1 << 26
+@runtime_checkable
+class Stateful(Protocol):
+    """An object that says what its state is and takes it back."""
+
+    def state_dict(self) -> Any:
+        """Return the state."""
+
+    def load_state_dict(self, state_dict: Any) -> Any:
+        """Take a state."""
 
 
+@final
 class RngState:
-    """The random states of this rank: Python, numpy's global one, torch on CPU and CUDA.
+    """Stands for the random number generators of this process: Python, NumPy's global one, torch, CUDA.
 
-    Restored exactly on an equal world size. On another one the rule decides: "drop" (default: keep
-    the generators as they are, with a warning), "rank0" (every rank takes those of rank 0) or
-    "error".
+    Every rank has its own. On another world size there is no right value for each rank, and giving all ranks that of
+    rank 0 would make them draw the same numbers; so by default the generators then stay as the job seeded them and a
+    warning says so (rule "drop").
     """
 
     def __init__(self, rule: PerRankRule = "drop") -> None:
-        """Choose the rule for another world size."""
-        self.rule: PerRankRule = rule
+        """Choose what another world size does.
 
-    def state_dict(self) -> dict[str, Any]:
-        """Return all states as plain values and byte tensors."""
-        state: dict[str, Any] = {"python": random.getstate(), "torch": torch.get_rng_state()}
-        numpy = sys.modules.get("numpy")
-        if numpy is not None:
-            state["numpy"] = numpy.random.get_state()
+        Args:
+            rule: "drop" keeps the job's own seeds, "error" refuses, "rank0" gives all ranks those of rank 0.
+
+        Raises:
+            ValueError: An unknown rule.
+        """
+        if rule not in PER_RANK_RULES:
+            raise ValueError(f"RngState rule is {rule!r}; use one of {', '.join(PER_RANK_RULES)}")
+        self.rule: Final = rule
+
+    def state_dict(self) -> dict[str, object]:
+        """Return the state of every generator."""
+        version, words, gauss = random.getstate()
+        state: dict[str, object] = {
+            "python": (version, array("I", words).tobytes(), gauss),
+            "numpy": np.random.get_state(legacy=True),  # noqa: NPY002 - the global generator is what users seed.
+            "torch": torch.get_rng_state(),
+        }
         if torch.cuda.is_available() and torch.cuda.is_initialized():
             state["cuda"] = torch.cuda.get_rng_state_all()
         return state
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Set all states that were saved and exist here."""
-        random.setstate(state["python"])
-        torch.set_rng_state(state["torch"])
-        if "numpy" in state:
-            import numpy as np
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Set every generator; CUDA devices that are not here are left out.
 
-            np.random.set_state(state["numpy"])
-        if "cuda" in state and torch.cuda.is_available():
-            for device, value in enumerate(state["cuda"][: torch.cuda.device_count()]):
-                torch.cuda.set_rng_state(value, device)
+        Raises:
+            FormatError: The state is malformed.
+        """
+        version, words, gauss = state_dict["python"]
+        unpacked = array("I")
+        unpacked.frombytes(words)
+        random.setstate((version, tuple(unpacked), gauss))
+        np.random.set_state(state_dict["numpy"])  # noqa: NPY002
+        torch.set_rng_state(state_dict["torch"])
+        saved_devices = state_dict.get("cuda", [])
+        if not isinstance(saved_devices, list):
+            raise FormatError("the random state of CUDA devices is not a list")
+        if torch.cuda.is_available():
+            for device, state in zip(range(torch.cuda.device_count()), saved_devices, strict=False):
+                torch.cuda.set_rng_state(state, device)
+
+
+@dataclass(frozen=True, slots=True)
+class ObjectPlan:
+    """What `give` will hand to one owner.
+
+    Attributes:
+        leaves: Tensors to fill.
+        tensors: The same tensors by the path that the JSON refers to.
+    """
+
+    leaves: tuple[Leaf, ...]
+    tensors: dict[str, torch.Tensor]
 
 
 def as_per_rank(value: object) -> PerRank | None:
-    """Return what belongs to one rank each: PerRank, RngState, torchdata's loaders."""
+    """Return the PerRank that a value is or stands for, or None."""
     if isinstance(value, PerRank):
         return value
     if isinstance(value, RngState):
         return PerRank(value, value.rule)
-    if any(c.__module__.startswith("torchdata.") for c in type(value).__mro__) and is_stateful(
-        value
+    if any(
+        c.__name__ == "StatefulDataLoader" and c.__module__.startswith("torchdata")
+        for c in type(value).__mro__
     ):
         return PerRank(value, "error")
     return None
 
 
-def is_stateful(value: object) -> bool:
-    """Whether a value offers state_dict and load_state_dict."""
-    kind = type(value)
-    return callable(getattr(kind, "state_dict", None)) and callable(
-        getattr(kind, "load_state_dict", None)
-    )
-
-
-def describe_per_rank(key: str, marked: PerRank) -> PerRankValue:
-    """Return the tagged JSON of a per-rank value, tensors inside as bytes.
+def describe_per_rank(name: str, value: PerRank) -> PerRankValue:
+    """Return this rank's value as tagged JSON.
 
     Raises:
-        UnsupportedStateError: Some part cannot be stored.
+        UnsupportedStateError: It cannot be stored exactly.
     """
-    inner = marked.value
-    value = inner.state_dict() if is_stateful(inner) else inner  # type: ignore[attr-defined]
-    return PerRankValue(encode(value, key, extension=_inline), marked.rule)
+    inner = value.value.state_dict() if isinstance(value.value, Stateful) else value.value
+    extension = partial(encode_inline, max_bytes=MAX_PER_RANK_BYTES)
+    return PerRankValue(encode(inner, name, extension=extension), value.rule)
 
 
-def encode_object(key: str, value: object, leaf: Callable[[str, torch.Tensor], None]) -> object:
-    """Return the tagged JSON of a value; tensors inside become leaves through `leaf`.
+def describe_object(name: str, value: object, leaves: Leaves) -> tuple[list[Leaf], object]:
+    """Return the leaves and the tagged JSON of a stateful object or a plain value.
 
     Raises:
-        UnsupportedStateError: Some part cannot be stored.
+        UnsupportedStateError: It cannot be stored exactly.
     """
-
-    def extension(item: object, path: str) -> object | None:
-        if isinstance(item, torch.Tensor):
-            leaf(path, item)
-            return {"leaf": path}
-        return _small(item)
-
-    return encode(value, key, extension=extension)
+    tensors: dict[str, torch.Tensor] = {}
+    content = encode(_content(value), name, extension=collector(name, tensors))
+    return [
+        leaves.leaf(f"{name}/{path}", tensor, "other") for path, tensor in tensors.items()
+    ], content
 
 
-def decode_object(value: object, tensors: dict[str, torch.Tensor]) -> object:
-    """Return the value of tagged JSON; leaves are looked up in `tensors` by key."""
+def plan_object(name: str, value: object, saved: SavedState, leaves: Leaves) -> ObjectPlan:
+    """Allocate the tensors that the saved value of `name` refers to.
 
-    def extension(item: object) -> object:
-        if isinstance(item, dict) and "leaf" in item:
-            return tensors[item["leaf"]]
-        return _restored(item)
-
-    return decode(value, extension=extension)
-
-
-def _inline(item: object, path: str) -> object | None:
-    if isinstance(item, torch.Tensor):
-        if item.nbytes > _MAX_INLINE_BYTES:
+    Raises:
+        FormatError: The saved value is malformed.
+        StateMismatchError: The value was renamed without its tensors.
+        UnsupportedStateError: A sharded tensor has no counterpart in the object now.
+    """
+    if name not in saved.objects:
+        return ObjectPlan((), {})
+    found: list[str] = []
+    decode(saved.objects[name], extension=references(found), what=name)
+    if not found:
+        return ObjectPlan((), {})
+    present: dict[str, torch.Tensor] = {}
+    encode(_content(value), name, extension=collector(name, present))
+    planned: list[Leaf] = []
+    tensors: dict[str, torch.Tensor] = {}
+    for path in found:
+        key = f"{name}/{path}"
+        like = present.get(path)
+        row = saved.leaves.get(saved.aliases.get(key, key))
+        if row is None:
+            raise StateMismatchError(
+                f"{name}: the saved value refers to a tensor {key!r}, which was not saved under this name; rename an "
+                "object together with its tensors"
+            )
+        if like is not None and leaves.is_dtensor(like):
+            tensor = torch.empty_like(like, dtype=torch_dtype(row.spec.dtype, key))
+        elif row.is_sharded:
             raise UnsupportedStateError(
-                f"{path}: a per-rank tensor of {item.nbytes} bytes; at most 64 MiB"
+                f"{key}: saved as a sharded tensor inside {name}, but the object has no DTensor there now to show how "
+                "it is cut; build the object as it was before restoring"
             )
-        packed = item.detach().cpu().contiguous()
-        raw = _bytes_of(packed) if packed.numel() else b""
-        return {
-            "tensor": dtype_name(path, item.dtype),
-            "shape": list(item.shape),
-            "v": base64.b64encode(raw).decode(),
-        }
-    return _small(item)
-
-
-def _bytes_of(tensor: torch.Tensor) -> bytes:
-    from shardckpt.pure import memory
-
-    host: HostArray = host_array(tensor)
-    return bytes(memory(host.address, tensor.nbytes))
-
-
-def _small(item: object) -> object | None:
-    if isinstance(item, torch.Size):
-        return {"size": list(item)}
-    if isinstance(item, torch.dtype):
-        return {"dtype": str(item).removeprefix("torch.")}
-    if isinstance(item, torch.device):
-        return {"device": str(item)}
-    return None
-
-
-def _restored(item: object) -> object:
-    if isinstance(item, dict):
-        if "tensor" in item:
-            raw = bytearray(base64.b64decode(str(item["v"]), validate=True))
-            dtype, shape = torch_dtype(str(item["tensor"])), item["shape"]
-            return (
-                torch.frombuffer(raw, dtype=dtype).reshape(shape)
-                if raw
-                else torch.empty(shape, dtype=dtype)
+        else:
+            device = "cpu" if like is None else like.device
+            tensor = torch.empty(
+                row.spec.shape, dtype=torch_dtype(row.spec.dtype, key), device=device
             )
-        if "size" in item:
-            return torch.Size(item["size"])
-        if "dtype" in item and isinstance(getattr(torch, str(item["dtype"]), None), torch.dtype):
-            return getattr(torch, str(item["dtype"]))
-        if "device" in item:
-            return torch.device(str(item["device"]))
-    raise FormatError(f"a value of unknown kind: {item!r}")
+        tensors[path] = tensor
+        planned.append(leaves.leaf(key, tensor, "other"))
+    return ObjectPlan(tuple(planned), tensors)
 
 
-def decode_per_rank(value: object) -> Any:
-    """Return the value of a per-rank entry's tagged JSON."""
-    return decode(value, extension=_restored)
+def plan_tensor(name: str, tensor: torch.Tensor, leaves: Leaves) -> Leaf:
+    """Return the leaf of a tensor of the state itself, to be filled in place.
+
+    Raises:
+        UnsupportedStateError: It cannot be filled.
+    """
+    check_fillable(private.plain(tensor), name)
+    return leaves.leaf(name, tensor, "other")
+
+
+def give(name: str, owner: object, saved: object, tensors: dict[str, torch.Tensor]) -> object:
+    """Hand a saved value to its owner, or return it where the owner is a plain value.
+
+    Raises:
+        StateMismatchError: The owner refused it.
+    """
+    value = decode(saved, extension=resolver(tensors) if tensors else decode_inline, what=name)
+    if not isinstance(owner, Stateful):
+        return value
+    try:
+        owner.load_state_dict(value)
+    except Exception as error:
+        raise StateMismatchError(
+            f"{name}: {type(owner).__module__}.{type(owner).__qualname__}.load_state_dict() refused the saved value: "
+            f"{type(error).__name__}: {error}"
+        ) from error
+    return owner
+
+
+def give_per_rank(name: str, owner: object, saved: object) -> object:
+    """Hand a rank's own value to its owner, or return what takes its place in the state.
+
+    Raises:
+        StateMismatchError: The owner refused it.
+    """
+    marked = as_per_rank(owner)
+    assert marked is not None
+    given = give(name, marked.value, saved, {})
+    return owner if given is marked.value else replace(marked, value=given)
+
+
+def _content(value: object) -> object:
+    return value.state_dict() if isinstance(value, Stateful) else value

@@ -64,6 +64,12 @@ def local_tensor(dtensor: Any) -> torch.Tensor:
     return local
 
 
+def plain(tensor: torch.Tensor) -> torch.Tensor:
+    """Return the tensor itself, or a DTensor's local one."""
+    dtensor = dtensor_class()
+    return local_tensor(tensor) if dtensor is not None and isinstance(tensor, dtensor) else tensor
+
+
 def cut_of(placement: Any, what: str) -> Cut:
     """Return a placement as plain data.
 
@@ -127,6 +133,10 @@ def flat_parts(module: nn.Module, what: str) -> Iterator[tuple[str, FlatPart]]:
             raise UnsupportedStateError(
                 f"{what}: FullyShardedDataParallel at {path or 'the root'} hides its parameters; "
                 "pass use_orig_params=True"
+            )
+        if any(extension is not None for extension in handle.flat_param._param_extensions):
+            raise UnsupportedStateError(
+                f"{what}: FullyShardedDataParallel over tensor-parallel parameters cannot be stored; use fully_shard"
             )
         if handle.uses_sharded_strategy:
             for name, part in _parts_of(handle):

@@ -31,7 +31,9 @@ class _Mesh:
     ranks: tuple[int, ...]
 
 
-def cut_order(cuts: Sequence[Cut], mesh_shape: Shape, num_dims: int) -> tuple[tuple[int, ...], ...] | None:
+def cut_order(
+    cuts: Sequence[Cut], mesh_shape: Shape, num_dims: int
+) -> tuple[tuple[int, ...], ...] | None:
     """Return for each dim the mesh axes that cut it, in the order in which they really cut.
 
     Torch writes placements from the first axis to the last. A plain shard cuts before the later axes; a strided
@@ -61,6 +63,9 @@ def cut_order(cuts: Sequence[Cut], mesh_shape: Shape, num_dims: int) -> tuple[tu
         if product != cut.split:
             return None
         later.insert(position, axis)
+    # Dims at the end that nothing cuts are left out, so that tensors of any rank share a layout.
+    while order and not order[-1]:
+        order.pop()
     return tuple(tuple(axes) for axes in order)
 
 
@@ -75,16 +80,20 @@ class Leaves:
         self._mesh_by_id: dict[int, _Mesh] = {}
         self._meshes: dict[_Mesh, _Mesh] = {}
         self._layouts: dict[tuple[int, Any, int], MeshLayout] = {}
+        self._distinct: dict[tuple[int, tuple[tuple[int, ...], ...]], MeshLayout] = {}
         self._boxes: dict[tuple[int, Shape], Box | None] = {}
         self._specs: dict[tuple[Shape, torch.dtype], tuple[ArraySpec, Box]] = {}
 
     def begin(self) -> None:
         """Begin a description: the rank and the classes imported may have changed, and ids may be reused."""
-        self._rank = _global_rank()
+        rank = _global_rank()
+        if rank != self._rank:
+            self._boxes.clear()
+        self._rank = rank
         self._dtensor = dtensor_class()
         self._mesh_by_id.clear()
         if max(len(self._boxes), len(self._specs), len(self._layouts)) > _MAX_CACHED:
-            for cache in (self._meshes, self._layouts, self._boxes, self._specs):
+            for cache in (self._meshes, self._layouts, self._distinct, self._boxes, self._specs):
                 cache.clear()  # type: ignore[attr-defined]
 
     def is_dtensor(self, tensor: torch.Tensor) -> bool:
@@ -145,8 +154,15 @@ class Leaves:
         Raises:
             UnsupportedStateError: Its placements cannot be stored.
         """
-        mesh = self._mesh(dtensor.device_mesh)
-        return self._layout(key, mesh, dtensor.placements, dtensor.ndim)
+        return self.layout_from(key, dtensor.device_mesh, dtensor.placements, dtensor.ndim)
+
+    def layout_from(self, key: str, device_mesh: Any, placements: Any, num_dims: int) -> MeshLayout:
+        """Return the layout of a DTensor with these placements.
+
+        Raises:
+            UnsupportedStateError: The placements cannot be stored.
+        """
+        return self._layout(key, self._mesh(device_mesh), placements, num_dims)
 
     def local_box(self, layout: MeshLayout, shape: Shape) -> Box | None:
         """Return this rank's box under a layout, or None off the mesh."""
@@ -168,7 +184,10 @@ class Leaves:
                     f"{key}: placements {placements} on a mesh of {mesh.shape} cut a dim in an order that cannot be "
                     "stored; redistribute the tensor to plain Shard placements"
                 )
-            layout = self._layouts[known] = MeshLayout(mesh.shape, mesh.ranks, order)
+            layout = self._distinct.get((id(mesh), order))
+            if layout is None:
+                layout = self._distinct[id(mesh), order] = MeshLayout(mesh.shape, mesh.ranks, order)
+            self._layouts[known] = layout
         return layout
 
     def _mesh(self, device_mesh: Any) -> _Mesh:
