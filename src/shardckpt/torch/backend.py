@@ -7,11 +7,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, MutableMapping
 from dataclasses import dataclass, field, replace
-from typing import Any, Final, final
+from typing import Any, final
 
 import torch
-from torch import nn
-
 from shardckpt.backend import SavedState, Targets
 from shardckpt.errors import UnsupportedStateError
 from shardckpt.format.tagged import MAX_DEPTH, decode, encode
@@ -33,6 +31,7 @@ from shardckpt.torch.objects import (
 from shardckpt.torch.optimizer import OptimizerPlan, OptimizerView
 from shardckpt.torch.shards import Leaves
 from shardckpt.torch.values import decode_inline, encode_inline
+from torch import nn
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,7 +16,6 @@ from queue import SimpleQueue
 from typing import Any, Final, Generic, TypeVar, final
 
 import torch
-
 from shardckpt.coord.base import Coord
 from shardckpt.coord.single import SingleCoord
 from shardckpt.errors import DeadlineError

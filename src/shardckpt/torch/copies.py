@@ -7,7 +7,6 @@ so every dtype passes.
 from __future__ import annotations
 
 import torch
-
 from shardckpt.errors import UnsupportedStateError
 from shardckpt.state import HostArray
 

@@ -11,14 +11,13 @@ from dataclasses import dataclass
 from typing import final
 
 import torch
-from torch import nn
-
 from shardckpt.errors import StateMismatchError, UnsupportedStateError
 from shardckpt.state import Leaf
 from shardckpt.torch import private
 from shardckpt.torch.copies import check_fillable
 from shardckpt.torch.private import EXTRA_STATE, WRAPPER_PARTS, FlatPart
 from shardckpt.torch.shards import Leaves
+from torch import nn
 
 
 @dataclass(frozen=True, slots=True)

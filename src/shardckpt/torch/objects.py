@@ -14,8 +14,8 @@ from functools import partial
 from typing import Any, Final, Protocol, final, runtime_checkable
 
 import numpy as np
-import torch
 
+import torch
 from shardckpt.backend import SavedState
 from shardckpt.errors import FormatError, StateMismatchError, UnsupportedStateError
 from shardckpt.format.tagged import decode, encode
@@ -72,7 +72,7 @@ class RngState:
         version, words, gauss = random.getstate()
         state: dict[str, object] = {
             "python": (version, array("I", words).tobytes(), gauss),
-            "numpy": np.random.get_state(legacy=True),  # noqa: NPY002 - the global generator is what users seed.
+            "numpy": np.random.get_state(legacy=True),
             "torch": torch.get_rng_state(),
         }
         if torch.cuda.is_available() and torch.cuda.is_initialized():
@@ -89,7 +89,7 @@ class RngState:
         unpacked = array("I")
         unpacked.frombytes(words)
         random.setstate((version, tuple(unpacked), gauss))
-        np.random.set_state(state_dict["numpy"])  # noqa: NPY002
+        np.random.set_state(state_dict["numpy"])
         torch.set_rng_state(state_dict["torch"])
         saved_devices = state_dict.get("cuda", [])
         if not isinstance(saved_devices, list):

@@ -12,7 +12,6 @@ from dataclasses import dataclass, field
 from typing import Any, Final, final
 
 import torch
-
 from shardckpt.backend import SavedLeaf, SavedState
 from shardckpt.errors import StateMismatchError, UnsupportedStateError
 from shardckpt.format.tagged import decode, encode

@@ -12,9 +12,8 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 import torch
-from torch import nn
-
 from shardckpt.errors import UnsupportedStateError
+from torch import nn
 
 WRAPPER_PARTS: Final = frozenset(
     {"_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module"}

@@ -12,7 +12,6 @@ from collections.abc import Callable, Mapping
 from typing import Any, Final
 
 import torch
-
 from shardckpt.errors import FormatError, UnsupportedStateError
 from shardckpt.geometry.dtypes import itemsize_bytes
 from shardckpt.torch import private
