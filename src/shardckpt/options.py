@@ -6,6 +6,13 @@ Layer: options.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Final, Literal, TypeAlias
+
+PerRankRule: TypeAlias = Literal["error", "rank0", "drop"]
+"""What another world size does with per-rank values: raise, give all that of rank 0,
+or leave the target as it is."""
+
+PER_RANK_RULES: Final[tuple[PerRankRule, ...]] = ("error", "rank0", "drop")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -7,7 +7,9 @@ Layer: state. A state is arrays (leaves), plain values (objects) and values that
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Final, Literal, TypeAlias
+from typing import TYPE_CHECKING, Literal
+
+from shardckpt.options import PER_RANK_RULES, PerRankRule
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -15,12 +17,6 @@ if TYPE_CHECKING:
     from shardckpt.geometry.array_spec import ArraySpec
     from shardckpt.geometry.box import Box, Shape
     from shardckpt.geometry.layout import MeshLayout
-
-PerRankRule: TypeAlias = Literal["error", "rank0", "drop"]
-"""What another world size does with per-rank values: raise, give all that of rank 0,
-or leave the target as it is."""
-
-PER_RANK_RULES: Final[tuple[PerRankRule, ...]] = ("error", "rank0", "drop")
 
 
 @dataclass(frozen=True, slots=True)

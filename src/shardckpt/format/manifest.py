@@ -23,7 +23,7 @@ from shardckpt.geometry.array_spec import ArraySpec
 from shardckpt.geometry.box import Box
 from shardckpt.geometry.dtypes import ITEMSIZE_BYTES
 from shardckpt.geometry.layout import BoxLayout, Layout, MeshLayout
-from shardckpt.state import PER_RANK_RULES
+from shardckpt.options import PER_RANK_RULES
 
 MAX_MANIFEST_BYTES: Final = 256 << 20
 MAX_RANKS: Final = 1 << 20

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 _SPLIT_FROM_CHUNKS: Final = 16
 
 
-def choose_owners(arrays: Sequence[tuple[Layout, ArraySpec]]) -> list[int]:
+def choose_owners(arrays: Sequence[tuple[Layout, ArraySpec, str]]) -> list[int]:
     """Return for each array the replica that writes it, or -1 where every replica writes a share.
 
     An array is split when a whole shard has at least 16 chunks (1 MiB). The rest goes, largest
@@ -29,8 +29,9 @@ def choose_owners(arrays: Sequence[tuple[Layout, ArraySpec]]) -> list[int]:
     owners = [0] * len(arrays)
     small: dict[int, list[tuple[int, int]]] = {}
     layouts: dict[int, Layout] = {}
-    for index, (layout, spec) in enumerate(arrays):
-        if _num_replicas(layout) == 1:
+    for index, (layout, spec, role) in enumerate(arrays):
+        # Buffers (running statistics) do differ between data-parallel ranks: one replica's, whole.
+        if _num_replicas(layout) == 1 or role == "buffer":
             continue
         nbytes = _largest_shard_bytes(layout, spec)
         if nbytes >= _SPLIT_FROM_CHUNKS * CHUNK_BYTES:

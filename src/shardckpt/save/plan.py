@@ -249,7 +249,7 @@ def _columns(
         if id(layout) not in by_identity:
             by_identity[id(layout)] = ids.setdefault(layout, len(ids))
         layout_ids.append(by_identity[id(layout)])
-    owners = choose_owners([(layouts[key], specs[key][0]) for key in keys])
+    owners = choose_owners([(layouts[key], *specs[key][:2]) for key in keys])
     return GlobalPlan(
         keys=keys,
         dtypes=[specs[key][0].dtype for key in keys],

@@ -1,4 +1,4 @@
-"""The torch side of the framework seam: a mapping of names to modules, optimizers and other stateful objects.
+"""The torch side of the framework seam: names to modules, optimizers and other stateful objects.
 
 Layer: torch. No collectives, no process group: what other ranks hold follows from placements.
 """
@@ -56,10 +56,11 @@ class _Finish:
 
 @final
 class TorchBackend:
-    """State is a mapping of names to modules, optimizers, stateful objects, tensors and plain values.
+    """State maps names to modules, optimizers, stateful objects, tensors and plain values.
 
-    Keys: `<name>/<parameter or buffer>` for modules, `<name>/state/<parameter>/<state>` and `<name>/param_groups` for
-    optimizers, `<name>` and `<name>/<path of a tensor>` for the rest. Mappings may nest. Not thread-safe.
+    Keys: `<name>/<parameter or buffer>` for modules, `<name>/state/<parameter>/<state>` and
+    `<name>/param_groups` for optimizers, `<name>` and `<name>/<path of a tensor>` for the rest.
+    Mappings may nest. Not thread-safe.
     """
 
     name = "torch"
@@ -161,7 +162,7 @@ class TorchBackend:
         return Targets(leaves, frozenset(object_keys), frozenset(per_rank_keys), finish)
 
     def host_target(self, data: object) -> HostArray:
-        """Return writable host memory for a target shard; for a device tensor, a buffer for `placed`."""
+        """Return writable host memory for a target; for a device tensor, a buffer for `placed`."""
         assert isinstance(data, torch.Tensor)
         return copies.host_target(data)
 
@@ -234,7 +235,7 @@ def _holds_state(value: object, depth: int) -> bool:
 
 
 def _as_saved(view: ModuleView, leaves: list[Leaf], saved: SavedState) -> list[Leaf]:
-    """Return leaves under the saved name where a tied tensor was saved under another of its names."""
+    """Return leaves under the saved name where a tied tensor was saved under another name."""
     names = {
         f"{view.name}/{stored}": f"{view.name}/{alias}" for alias, stored in view.aliases.items()
     }
@@ -254,7 +255,8 @@ def _check_replaceable(item: _Item) -> None:
     value = item.value.value if isinstance(item.value, PerRank) else item.value
     if not isinstance(value, Stateful) and not isinstance(item.container, MutableMapping):
         raise UnsupportedStateError(
-            f"{item.name}: a {type(value).__qualname__} is replaced when it is restored, but it stands in a "
+            f"{item.name}: a {type(value).__qualname__} is replaced when it is restored, but "
+            "it stands in a "
             f"{type(item.container).__qualname__}, which cannot be changed; use a dict"
         )
 

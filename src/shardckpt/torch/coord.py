@@ -1,25 +1,28 @@
 """Coordination through torch's own key-value store, without its process group.
 
-Layer: torch. A c10d store has one connection per client: a call that waits blocks every other user of it, and no call
-heeds its timeout once the server is gone. So this one has a connection of its own, used by one helper thread that is
-left behind when it does not answer. TCPStore drops the connection on a value of more than 8 MiB, so large values
-travel in parts.
+Layer: torch. A c10d store has one connection per client: a call that waits blocks every other user
+of it, and no call heeds its timeout once the server is gone. So this one has a connection of its
+own, used by one helper thread that is left behind when it does not answer. TCPStore drops the
+connection on a value of more than 8 MiB, so large values travel in parts.
 """
 
 from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Callable
 from datetime import timedelta
 from queue import SimpleQueue
-from typing import Any, Final, Generic, TypeVar, final
+from typing import TYPE_CHECKING, Any, Final, Generic, TypeVar, final
 
 import torch
-from shardckpt.coord.base import Coord
 from shardckpt.coord.single import SingleCoord
 from shardckpt.errors import DeadlineError
 from shardckpt.torch import private
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from shardckpt.coord.base import Coord
 
 PREFIX: Final = "shardckpt"
 PART_BYTES: Final = 4 << 20
@@ -164,7 +167,8 @@ class C10dCoord:
         if task.error is not None:
             self._abandon(helper, counts=False)
             raise DeadlineError(
-                f"rank {self._rank}: the job's key-value store failed at {what!r}: {task.error}. Its server is a "
+                f"rank {self._rank}: the job's key-value store failed at {what!r}: "
+                f"{task.error}. Its server is a "
                 "process of this job (rank 0 or the launcher): look whether it ended."
             ) from task.error
         with self._lock:
@@ -181,7 +185,8 @@ class C10dCoord:
 
     def _silent(self, what: str) -> str:
         return (
-            f"rank {self._rank}: the job's key-value store did not answer {what!r} within {self._timeout_s:g} s; its "
+            f"rank {self._rank}: the job's key-value store did not answer {what!r} within "
+            f"{self._timeout_s:g} s; its "
             "server is a process of this job (rank 0 or the launcher): look whether it is alive"
         )
 
@@ -198,7 +203,7 @@ class _Task(Generic[T]):
 
 @final
 class _Helper:
-    """A thread with its own connection; a daemon, so that a hanging call keeps nobody from leaving."""
+    """A thread with its own connection; a daemon, so that a hanging call keeps nobody here."""
 
     def __init__(self, store: Any, timeout_s: float) -> None:
         self._tasks: SimpleQueue[_Task[Any] | None] = SimpleQueue()
@@ -218,7 +223,9 @@ class _Helper:
         while (task := self._tasks.get()) is not None:
             try:
                 if own is None:
-                    own = torch.distributed.PrefixStore(PREFIX, _own_connection(store, timeout_s))
+                    own = torch.distributed.distributed_c10d.PrefixStore(
+                        PREFIX, _own_connection(store, timeout_s)
+                    )
                 task.result = task.call(own)
             except Exception as error:  # handed to the caller.
                 task.error = error
@@ -232,7 +239,8 @@ def _own_connection(store: Any, timeout_s: float) -> Any:
     try:
         own = clone()
     except RuntimeError:
-        # A kind of store that cannot be cloned is shared; calls here never wait, so nobody is blocked long.
+        # A kind of store that cannot be cloned is shared; calls here never wait, so nobody is
+        # blocked long.
         return store
     own.set_timeout(timedelta(seconds=timeout_s))
     return own

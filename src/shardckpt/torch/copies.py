@@ -1,7 +1,7 @@
 """Shards out of and into torch tensors, as host memory.
 
-Layer: torch. CPU tensors are lent as they are, strides included; device tensors go through a host copy. No numpy,
-so every dtype passes.
+Layer: torch. CPU tensors are lent as they are, strides included; device tensors go through a host
+copy. No numpy, so every dtype passes.
 """
 
 from __future__ import annotations
@@ -12,8 +12,9 @@ from shardckpt.state import HostArray
 
 
 def host_array(tensor: torch.Tensor) -> HostArray:
-    """Return host memory with the tensor's values; a device tensor is copied, in order of the current stream."""
-    # The detached alias stays valid where the caller gives its parameter other memory (`p.data = ...`).
+    """Return host memory with the values; a device tensor is copied after its current stream."""
+    # The detached alias stays valid where the caller gives its parameter other memory (`p.data =
+    # ...`).
     alias = tensor.detach()
     if alias.is_conj():
         alias = alias.resolve_conj()
@@ -44,7 +45,8 @@ def check_storable(tensor: torch.Tensor, what: str) -> None:
     """Refuse a tensor that is not plain strided memory.
 
     Raises:
-        UnsupportedStateError: Sparse, quantized, on the meta device, or of a foreign subclass; names `what`.
+        UnsupportedStateError: Sparse, quantized, on the meta device, or of a foreign subclass;
+            names `what`.
     """
     if tensor.layout is not torch.strided:
         raise UnsupportedStateError(
@@ -52,7 +54,8 @@ def check_storable(tensor: torch.Tensor, what: str) -> None:
         )
     if tensor.is_meta:
         raise UnsupportedStateError(
-            f"{what}: the tensor is on the meta device and has no values; materialize the module first "
+            f"{what}: the tensor is on the meta device and has no values; materialize the "
+            "module first "
             "(module.to_empty(device=...), then initialise or restore)"
         )
     if tensor.is_quantized:
@@ -61,7 +64,8 @@ def check_storable(tensor: torch.Tensor, what: str) -> None:
         )
     if torch.utils._python_dispatch.is_traceable_wrapper_subclass(tensor):
         raise UnsupportedStateError(
-            f"{what}: a {type(tensor).__module__}.{type(tensor).__qualname__} is made of several tensors and cannot "
+            f"{what}: a {type(tensor).__module__}.{type(tensor).__qualname__} is made of "
+            "several tensors and cannot "
             "be stored as one; keep its parts in the state"
         )
 
@@ -74,11 +78,13 @@ def check_fillable(tensor: torch.Tensor, what: str) -> None:
     """
     if tensor.is_conj() or tensor.is_neg():
         raise UnsupportedStateError(
-            f"{what}: a lazily conjugated or negated tensor cannot be filled; call resolve_conj() or resolve_neg()"
+            f"{what}: a lazily conjugated or negated tensor cannot be filled; call "
+            "resolve_conj() or resolve_neg()"
         )
     if any(s == 0 and n > 1 for s, n in zip(tensor.stride(), tensor.shape, strict=True)):
         raise UnsupportedStateError(
-            f"{what}: an expanded tensor (strides {tensor.stride()}) cannot be filled; make it contiguous"
+            f"{what}: an expanded tensor (strides {tensor.stride()}) cannot be filled; make it "
+            "contiguous"
         )
 
 

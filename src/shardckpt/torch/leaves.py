@@ -1,23 +1,27 @@
 """Modules as leaves: names, tied tensors, extra state.
 
-Layer: torch. Keys are those of `state_dict()` on the plain module: wrappers (DistributedDataParallel, torch.compile,
-activation checkpointing, FSDP1) leave no trace, so a state saved under one wrapper loads under another.
+Layer: torch. Keys are those of `state_dict()` on the plain module: wrappers
+(DistributedDataParallel, torch.compile, activation checkpointing, FSDP1) leave no trace, so a
+state saved under one wrapper loads under another.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import final
+from typing import TYPE_CHECKING, final
 
 import torch
 from shardckpt.errors import StateMismatchError, UnsupportedStateError
-from shardckpt.state import Leaf
 from shardckpt.torch import private
 from shardckpt.torch.copies import check_fillable
 from shardckpt.torch.private import EXTRA_STATE, WRAPPER_PARTS, FlatPart
-from shardckpt.torch.shards import Leaves
 from torch import nn
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from shardckpt.state import Leaf
+    from shardckpt.torch.shards import Leaves
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,7 +46,7 @@ class ModuleView:
     """One module of the state, looked at once."""
 
     def __init__(self, name: str, module: nn.Module) -> None:
-        """Look at the module; FSDP2 goes back to its shards, nothing else changes and nothing is communicated.
+        """Look at the module; FSDP2 goes back to its shards, without communication.
 
         Args:
             name: Its name in the state.
@@ -61,7 +65,8 @@ class ModuleView:
         if private.is_fsdp1(self.module):
             self._look_at_fsdp1()
         else:
-            # Keeping variables gives the module's own tensors: no detached copies, and parameters are recognised.
+            # Keeping variables gives the module's own tensors: no detached copies, and parameters
+            # are recognised.
             self._add(self.module.state_dict(keep_vars=True).items())
         self._find_ties()
 
@@ -101,7 +106,8 @@ class ModuleView:
         """Refuse a module whose tensors cannot be filled in place.
 
         Raises:
-            UnsupportedStateError: A tensor is a copy made for `state_dict`, is gathered, or shares memory.
+            UnsupportedStateError: A tensor is a copy made for `state_dict`, is gathered, or shares
+                memory.
         """
         if self.flat:
             private.refuse_gathered(self.module, self.name)
@@ -117,8 +123,10 @@ class ModuleView:
             for name in foreign:
                 if _storage(self.tensors[name]) not in memory:
                     raise UnsupportedStateError(
-                        f"{self.name}/{name}: state_dict() gives a copy that a hook made, not the module's own tensor, "
-                        "so it cannot be filled in place. Wrap the module in an object with its own load_state_dict()."
+                        f"{self.name}/{name}: state_dict() gives a copy that a hook made, not "
+                        "the module's own tensor, "
+                        "so it cannot be filled in place. Wrap the module in an object with "
+                        "its own load_state_dict()."
                     )
         for name, tensor in self.tensors.items():
             check_fillable(private.plain(tensor), f"{self.name}/{name}")
@@ -135,7 +143,8 @@ class ModuleView:
                     part.set_extra_state(value)
                 except Exception as error:
                     raise StateMismatchError(
-                        f"{self.name}/{name}: {type(part).__qualname__}.set_extra_state() refused the saved value: "
+                        f"{self.name}/{name}: {type(part).__qualname__}.set_extra_state() "
+                        "refused the saved value: "
                         f"{error}"
                     ) from error
                 return
@@ -167,7 +176,8 @@ class ModuleView:
                 self.tensors[name] = value
             else:
                 raise UnsupportedStateError(
-                    f"{self.name}/{name}: state_dict() holds a {type(value).__qualname__}; only tensors and "
+                    f"{self.name}/{name}: state_dict() holds a {type(value).__qualname__}; "
+                    "only tensors and "
                     "get_extra_state() values can be restored into a module"
                 )
 
@@ -187,7 +197,8 @@ class ModuleView:
         dtensor = private.dtensor_class()
         for name, tensor in list(self.tensors.items()):
             first = by_object.setdefault(id(tensor), name)
-            # Identity only for DTensors: a rank with an empty shard could not see the tie in its memory.
+            # Identity only for DTensors: a rank with an empty shard could not see the tie in its
+            # memory.
             if (
                 first == name
                 and (dtensor is None or not isinstance(tensor, dtensor))

@@ -1,8 +1,8 @@
-"""State that is no module and no optimizer: schedulers, scalers, loaders, random numbers, plain values.
+"""State that is no module and no optimizer: schedulers, scalers, loaders, random numbers, values.
 
-Layer: torch. A stateful object is what its `state_dict()` says: tensors in it become leaves `<name>/<path>`, the rest
-one tagged JSON value `<name>`. Values of one rank alone (`PerRank`, `RngState`, torchdata's StatefulDataLoader) are
-one JSON value per rank, tensors included.
+Layer: torch. A stateful object is what its `state_dict()` says: tensors in it become leaves
+`<name>/<path>`, the rest one tagged JSON value `<name>`. Values of one rank alone (`PerRank`,
+`RngState`, torchdata's StatefulDataLoader) are one JSON value per rank, tensors included.
 """
 
 from __future__ import annotations
@@ -11,19 +11,18 @@ import random
 from array import array
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, Final, Protocol, final, runtime_checkable
+from typing import TYPE_CHECKING, Any, Final, Protocol, final, runtime_checkable
 
 import numpy as np
 
 import torch
-from shardckpt.backend import SavedState
 from shardckpt.errors import FormatError, StateMismatchError, UnsupportedStateError
 from shardckpt.format.tagged import decode, encode
-from shardckpt.state import PER_RANK_RULES, Leaf, PerRank, PerRankRule, PerRankValue
+from shardckpt.options import PER_RANK_RULES, PerRankRule
+from shardckpt.state import Leaf, PerRank, PerRankValue
 from shardckpt.torch import private
 from shardckpt.torch.copies import check_fillable
 from shardckpt.torch.dtypes import torch_dtype
-from shardckpt.torch.shards import Leaves
 from shardckpt.torch.values import (
     MAX_PER_RANK_BYTES,
     collector,
@@ -32,6 +31,10 @@ from shardckpt.torch.values import (
     references,
     resolver,
 )
+
+if TYPE_CHECKING:
+    from shardckpt.backend import SavedState
+    from shardckpt.torch.shards import Leaves
 
 
 @runtime_checkable
@@ -47,18 +50,19 @@ class Stateful(Protocol):
 
 @final
 class RngState:
-    """Stands for the random number generators of this process: Python, NumPy's global one, torch, CUDA.
+    """Stands for the random generators of this process: Python, NumPy's global one, torch, CUDA.
 
-    Every rank has its own. On another world size there is no right value for each rank, and giving all ranks that of
-    rank 0 would make them draw the same numbers; so by default the generators then stay as the job seeded them and a
-    warning says so (rule "drop").
+    Every rank has its own. On another world size there is no right value for each rank, and giving
+    all ranks that of rank 0 would make them draw the same numbers; so by default the generators
+    then stay as the job seeded them and a warning says so (rule "drop").
     """
 
     def __init__(self, rule: PerRankRule = "drop") -> None:
         """Choose what another world size does.
 
         Args:
-            rule: "drop" keeps the job's own seeds, "error" refuses, "rank0" gives all ranks those of rank 0.
+            rule: "drop" keeps the job's own seeds, "error" refuses, "rank0" gives all ranks those
+                of rank 0.
 
         Raises:
             ValueError: An unknown rule.
@@ -174,14 +178,16 @@ def plan_object(name: str, value: object, saved: SavedState, leaves: Leaves) -> 
         row = saved.leaves.get(saved.aliases.get(key, key))
         if row is None:
             raise StateMismatchError(
-                f"{name}: the saved value refers to a tensor {key!r}, which was not saved under this name; rename an "
+                f"{name}: the saved value refers to a tensor {key!r}, which was not saved "
+                "under this name; rename an "
                 "object together with its tensors"
             )
         if like is not None and leaves.is_dtensor(like):
             tensor = torch.empty_like(like, dtype=torch_dtype(row.spec.dtype, key))
         elif row.is_sharded:
             raise UnsupportedStateError(
-                f"{key}: saved as a sharded tensor inside {name}, but the object has no DTensor there now to show how "
+                f"{key}: saved as a sharded tensor inside {name}, but the object has no "
+                "DTensor there now to show how "
                 "it is cut; build the object as it was before restoring"
             )
         else:
@@ -217,7 +223,8 @@ def give(name: str, owner: object, saved: object, tensors: dict[str, torch.Tenso
         owner.load_state_dict(value)
     except Exception as error:
         raise StateMismatchError(
-            f"{name}: {type(owner).__module__}.{type(owner).__qualname__}.load_state_dict() refused the saved value: "
+            f"{name}: {type(owner).__module__}.{type(owner).__qualname__}.load_state_dict() "
+            "refused the saved value: "
             f"{type(error).__name__}: {error}"
         ) from error
     return owner

@@ -1,30 +1,35 @@
 """Optimizer state by parameter name, and its creation without a step.
 
-Layer: torch. Keys: `<name>/state/<param>/<state name>`, `<name>/param_groups` (an object, its tensors are leaves
-`<name>/param_groups/<i>/<field>`) and `<name>/state_objects` for state that is no tensor. A parameter goes by its name
-in the module; only an optimizer over several modules of the state says `<module>.<name>`.
+Layer: torch. Keys: `<name>/state/<param>/<state name>`, `<name>/param_groups` (an object, its
+tensors are leaves `<name>/param_groups/<i>/<field>`) and `<name>/state_objects` for state that is
+no tensor. A parameter goes by its name in the module; only an optimizer over several modules of
+the state says `<module>.<name>`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Final, final
+from typing import TYPE_CHECKING, Any, Final, final
 
 import torch
-from shardckpt.backend import SavedLeaf, SavedState
 from shardckpt.errors import StateMismatchError, UnsupportedStateError
 from shardckpt.format.tagged import decode, encode
-from shardckpt.state import Leaf
 from shardckpt.torch import private
 from shardckpt.torch.copies import check_fillable
 from shardckpt.torch.dtypes import torch_dtype
 from shardckpt.torch.leaves import ModuleView, ParamRef
-from shardckpt.torch.shards import Leaves
 from shardckpt.torch.values import decode_inline, encode_inline
 
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Mapping
+
+    from shardckpt.backend import SavedLeaf, SavedState
+    from shardckpt.state import Leaf
+    from shardckpt.torch.shards import Leaves
+
 ROLES: Final = {"exp_avg": "adam_m", "exp_avg_sq": "adam_v", "step": "count"}
-# How to step belongs to the run, not to the state; created counters lie where the target's own settings want them.
+# How to step belongs to the run, not to the state; created counters lie where the target's own
+# settings want them.
 _OF_THE_RUN: Final = frozenset(
     {"params", "param_names", "foreach", "fused", "capturable", "differentiable"}
 )
@@ -40,7 +45,8 @@ class OptimizerPlan:
         object_keys: Objects the optimizer takes.
         created: State to attach: parameter, state name, tensor.
         group_of: For each of the optimizer's groups the index of the saved one.
-        lone_scalars: Group and field of numbers that were saved as a tensor, with the tensor to fill.
+        lone_scalars: Group and field of numbers that were saved as a tensor, with the tensor to
+            fill.
     """
 
     leaves: list[Leaf] = field(default_factory=list)
@@ -60,11 +66,13 @@ class OptimizerView:
         """Find the name of every parameter.
 
         Raises:
-            UnsupportedStateError: A parameter belongs to no module of the state, or the optimizer is split over ranks.
+            UnsupportedStateError: A parameter belongs to no module of the state, or the optimizer
+                is split over ranks.
         """
         if type(optimizer).__name__ == "ZeroRedundancyOptimizer":
             raise UnsupportedStateError(
-                f"{name}: ZeroRedundancyOptimizer keeps whole tensors on one rank each; shard the model with fully_shard"
+                f"{name}: ZeroRedundancyOptimizer keeps whole tensors on one rank each; shard "
+                "the model with fully_shard"
             )
         self.name = name
         self.optimizer = optimizer
@@ -182,8 +190,10 @@ class OptimizerView:
         if tensor.numel() == 1:
             return leaves.leaf(key, tensor, role)
         raise UnsupportedStateError(
-            f"{key}: a plain tensor of shape {list(tensor.shape)} beside a sharded parameter of shape "
-            f"{list(ref.flat.shape if ref.flat else ref.param.shape)} may differ by rank, so its place is unknown; "
+            f"{key}: a plain tensor of shape {list(tensor.shape)} beside a sharded parameter "
+            "of shape "
+            f"{list(ref.flat.shape if ref.flat else ref.param.shape)} may differ by rank, so "
+            "its place is unknown; "
             "keep it as a DTensor"
         )
 
@@ -246,7 +256,8 @@ class OptimizerView:
                 tensor = _created(key, ref, state_name, row, flags[id(ref.param)], leaves)
                 plan.created.append((ref.param, state_name, tensor))
             plan.leaves.append(self._state_leaf(key, ref, state_name, tensor, leaves))
-        # What the optimizer has and nobody saved is wanted all the same, so that it is reported as missing.
+        # What the optimizer has and nobody saved is wanted all the same, so that it is reported as
+        # missing.
         for ref in self.by_name.values():
             for state_name, value in has.get(ref.param, {}).items():
                 if isinstance(value, torch.Tensor) and (id(ref.param), state_name) not in seen:
@@ -266,7 +277,8 @@ class OptimizerView:
             unknown = sorted(values.keys() - self.by_name.keys())
             if unknown:
                 raise StateMismatchError(
-                    f"{self._values_key}: saved for parameters the optimizer does not have: {_shown(unknown)}",
+                    f"{self._values_key}: saved for parameters the optimizer does not have: "
+                    f"{_shown(unknown)}",
                     tuple(unknown),
                 )
             plan.object_keys.add(self._values_key)
@@ -300,8 +312,10 @@ def _named_params(
         for j, param in enumerate(group["params"]):
             if id(param) not in merged:
                 raise UnsupportedStateError(
-                    f"{name}: parameter {j} of group {i} (shape {list(param.shape)}) belongs to no module of the state "
-                    f"({', '.join(modules) or 'it has none'}). Put its module into the state, and make the optimizer "
+                    f"{name}: parameter {j} of group {i} (shape {list(param.shape)}) belongs "
+                    "to no module of the state "
+                    f"({', '.join(modules) or 'it has none'}). Put its module into the state, "
+                    "and make the optimizer "
                     "after fully_shard or FSDP has replaced the parameters."
                 )
     return merged
@@ -315,7 +329,7 @@ def _created(
     group: Mapping[str, Any],
     leaves: Leaves,
 ) -> torch.Tensor:
-    """Return memory for state that the optimizer has not made yet, of the kind it would make itself.
+    """Return memory for state that the optimizer has not made yet, of the kind it makes itself.
 
     Raises:
         UnsupportedStateError: It cannot be made here.
@@ -324,7 +338,8 @@ def _created(
     shape = row.spec.shape
     device = private.plain(param).device
     if not shape:
-        # As Optimizer.load_state_dict: counters stay on the host unless the kernels want them on the device.
+        # As Optimizer.load_state_dict: counters stay on the host unless the kernels want them on
+        # the device.
         on_host = state_name == "step" and not (group.get("capturable") or group.get("fused"))
         return _empty((), row, "cpu" if on_host else device, key)
     dtype = torch_dtype(row.spec.dtype, key)
@@ -341,7 +356,7 @@ def _created(
 def _created_dtensor(
     key: str, param: Any, row: SavedLeaf, dtype: torch.dtype, leaves: Leaves
 ) -> torch.Tensor:
-    """Return a DTensor of the saved shape, cut as the parameter is where the dims agree. No communication."""
+    """Return a DTensor of the saved shape, cut as the parameter is where the dims agree."""
     from torch.distributed.tensor import DTensor, Replicate
 
     shape, local = row.spec.shape, private.local_tensor(param)
@@ -403,7 +418,8 @@ def _matching_groups(name: str, wanted: list[list[str]], saved: list[list[str]])
         return list(range(len(wanted)))
     mine, theirs = {n for g in wanted for n in g}, {n for g in saved for n in g}
     problems = [
-        f"{name}: {len(saved)} parameter groups of {[len(g) for g in saved]} parameters were saved, the optimizer has "
+        f"{name}: {len(saved)} parameter groups of {[len(g) for g in saved]} parameters were "
+        "saved, the optimizer has "
         f"{len(wanted)} of {[len(g) for g in wanted]}"
     ]
     if theirs - mine:

@@ -1,33 +1,37 @@
-"""Every attribute of torch that torch calls private, in one place; tests/torch/test_private.py is the contract.
+"""Every private attribute of torch that is used here; tests/torch/test_private.py is the contract.
 
-Layer: torch. Classes of optional parts (DTensor, DDP, FSDP1) are looked up among the imported modules: where a
-module was never imported, no object of its class can exist, and importing it would cost seconds.
+Layer: torch. Classes of optional parts (DTensor, DDP, FSDP1) are looked up among the imported
+modules: where a module was never imported, no object of its class can exist, and importing it
+would cost seconds.
 """
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import torch
 from shardckpt.errors import UnsupportedStateError
 from torch import nn
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
 
 WRAPPER_PARTS: Final = frozenset(
     {"_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module"}
 )
 EXTRA_STATE: Final = "_extra_state"
 _GATHERED: Final = (
-    "{name}: FSDP parameters are gathered at the moment (after a forward pass without a backward pass). "
+    "{name}: FSDP parameters are gathered at the moment (after a forward pass without a "
+    "backward pass). "
     "Restore before the first forward pass, or after a whole training step."
 )
 
 
 @dataclass(frozen=True, slots=True)
 class FlatPart:
-    """One original parameter of an FSDP1 module: elements `[start, stop)` of it lie in `local`, 1-D.
+    """One original parameter under FSDP1: its elements `[start, stop)` lie in `local`, 1-D.
 
     Attributes:
         param: The parameter that the optimizer knows.
@@ -46,7 +50,7 @@ class FlatPart:
 
 @dataclass(frozen=True, slots=True)
 class Cut:
-    """One DTensor placement as plain data: `dim` is None for a replica; `split` is 1 unless strided."""
+    """A DTensor placement as plain data: `dim` is None for a replica, `split` 1 unless strided."""
 
     dim: int | None
     split: int
@@ -84,7 +88,8 @@ def cut_of(placement: Any, what: str) -> Cut:
     if type(placement) is _StridedShard:
         return Cut(placement.dim, int(placement.split_factor))
     raise UnsupportedStateError(
-        f"{what}: DTensor with placement {placement} cannot be stored; redistribute it to Shard or Replicate "
+        f"{what}: DTensor with placement {placement} cannot be stored; redistribute it to "
+        "Shard or Replicate "
         "(a Partial tensor holds sums that are not reduced yet)"
     )
 
@@ -135,7 +140,8 @@ def flat_parts(module: nn.Module, what: str) -> Iterator[tuple[str, FlatPart]]:
             )
         if any(extension is not None for extension in handle.flat_param._param_extensions):
             raise UnsupportedStateError(
-                f"{what}: FullyShardedDataParallel over tensor-parallel parameters cannot be stored; use fully_shard"
+                f"{what}: FullyShardedDataParallel over tensor-parallel parameters cannot be "
+                "stored; use fully_shard"
             )
         if handle.uses_sharded_strategy:
             for name, part in _parts_of(handle):
@@ -169,7 +175,7 @@ def refuse_gathered(module: nn.Module, name: str) -> None:
 
 
 def persistent_tensors(module: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
-    """Yield raw name and tensor of parameters and persistent buffers, as `state_dict` does without its hooks."""
+    """Yield raw name and tensor of parameters and persistent buffers: `state_dict` without hooks."""
     for path, part in module.named_modules(remove_duplicate=False):
         for name, param in part._parameters.items():
             if param is not None:
@@ -195,7 +201,8 @@ def default_store() -> Any:
 
 def _parts_of(handle: Any) -> Iterator[tuple[str, FlatPart]]:
     flat = handle.flat_param
-    # Between a gather and the next reshard the flat parameter shows the gathered copy; the shard is kept aside.
+    # Between a gather and the next reshard the flat parameter shows the gathered copy; the shard
+    # is kept aside.
     shard = flat.data if handle.is_sharded(flat) else flat._local_shard
     rows = zip(flat._fqns, flat._params, flat._shapes, flat._shard_param_infos, strict=True)
     for name, param, shape, info in rows:

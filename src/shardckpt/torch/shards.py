@@ -1,14 +1,13 @@
 """Torch tensors as leaves: the layout of a tensor, and the shards of it that this rank holds.
 
-Layer: torch. DTensors get a mesh layout, FSDP1's flat parameters irregular boxes, plain tensors none. Nothing is
-copied and nobody is asked.
+Layer: torch. DTensors get a mesh layout, FSDP1's flat parameters irregular boxes, plain tensors
+none. Nothing is copied and nobody is asked.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Final, final
+from typing import TYPE_CHECKING, Any, Final, final
 
 import torch
 from shardckpt.errors import UnsupportedStateError
@@ -20,6 +19,9 @@ from shardckpt.state import Leaf, Shard
 from shardckpt.torch.copies import check_storable
 from shardckpt.torch.dtypes import DTYPE_NAME
 from shardckpt.torch.private import Cut, FlatPart, cut_of, dtensor_class, local_tensor
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
 
 _MAX_CACHED: Final = 1 << 17
 
@@ -35,8 +37,9 @@ def cut_order(
 ) -> tuple[tuple[int, ...], ...] | None:
     """Return for each dim the mesh axes that cut it, in the order in which they really cut.
 
-    Torch writes placements from the first axis to the last. A plain shard cuts before the later axes; a strided
-    one was cut after later axes whose sizes multiply to its split factor (tensor parallel, then FSDP).
+    Torch writes placements from the first axis to the last. A plain shard cuts before the later
+    axes; a strided one was cut after later axes whose sizes multiply to its split factor (tensor
+    parallel, then FSDP).
 
     Args:
         cuts: One per mesh axis.
@@ -70,7 +73,7 @@ def cut_order(
 
 @final
 class Leaves:
-    """Makes leaves of one backend; what many tensors share (mesh, layout, box, spec) is made once."""
+    """Makes leaves; what many tensors share (mesh, layout, box, spec) is made once."""
 
     def __init__(self) -> None:
         """Start with nothing cached."""
@@ -84,7 +87,7 @@ class Leaves:
         self._specs: dict[tuple[Shape, torch.dtype], tuple[ArraySpec, Box]] = {}
 
     def begin(self) -> None:
-        """Begin a description: the rank and the classes imported may have changed, and ids may be reused."""
+        """Begin a description: rank and imported classes may have changed, ids may be reused."""
         rank = _global_rank()
         if rank != self._rank:
             self._boxes.clear()
@@ -93,7 +96,7 @@ class Leaves:
         self._mesh_by_id.clear()
         if max(len(self._boxes), len(self._specs), len(self._layouts)) > _MAX_CACHED:
             for cache in (self._meshes, self._layouts, self._distinct, self._boxes, self._specs):
-                cache.clear()  # type: ignore[attr-defined]
+                cache.clear()
 
     def is_dtensor(self, tensor: torch.Tensor) -> bool:
         """Return whether the tensor is a DTensor."""
@@ -115,7 +118,8 @@ class Leaves:
         """Return the leaf of a local tensor that lies on the mesh as the DTensor `like` does.
 
         Raises:
-            UnsupportedStateError: The placements cannot be stored, or the local tensor has another shape than they say.
+            UnsupportedStateError: The placements cannot be stored, or the local tensor has another
+                shape than they say.
         """
         check_storable(local, key)
         layout, shape = self.layout_of(key, like), tuple(like.shape)
@@ -125,8 +129,10 @@ class Leaves:
             return Leaf(key, spec, role, layout, ())
         if local.shape != box.shape:
             raise UnsupportedStateError(
-                f"{key}: rank {self._rank} holds a local tensor of shape {list(local.shape)}, but placements "
-                f"{like.placements} of {list(shape)} on a mesh of {layout.mesh_shape} mean {list(box.shape)}. "
+                f"{key}: rank {self._rank} holds a local tensor of shape {list(local.shape)}, "
+                "but placements "
+                f"{like.placements} of {list(shape)} on a mesh of {layout.mesh_shape} mean "
+                f"{list(box.shape)}. "
                 "Make the DTensor with distribute_tensor or fully_shard."
             )
         return Leaf(key, spec, role, layout, (Shard(box, local),))
@@ -180,7 +186,8 @@ class Leaves:
             order = cut_order(cuts, mesh.shape, num_dims)
             if order is None:
                 raise UnsupportedStateError(
-                    f"{key}: placements {placements} on a mesh of {mesh.shape} cut a dim in an order that cannot be "
+                    f"{key}: placements {placements} on a mesh of {mesh.shape} cut a dim in an "
+                    "order that cannot be "
                     "stored; redistribute the tensor to plain Shard placements"
                 )
             layout = self._distinct.get((id(mesh), order))

@@ -1,6 +1,7 @@
 """What tagged JSON does not know of torch: tensors, dtypes, devices, sizes.
 
-Layer: torch. A tensor is either written into the JSON (little-endian bytes) or becomes a leaf that the JSON refers to.
+Layer: torch. A tensor is either written into the JSON (little-endian bytes) or becomes a leaf that
+the JSON refers to.
 """
 
 from __future__ import annotations
@@ -8,8 +9,7 @@ from __future__ import annotations
 import base64
 import io
 import math
-from collections.abc import Callable, Mapping
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import torch
 from shardckpt.errors import FormatError, UnsupportedStateError
@@ -17,6 +17,9 @@ from shardckpt.geometry.dtypes import itemsize_bytes
 from shardckpt.torch import private
 from shardckpt.torch.copies import check_storable
 from shardckpt.torch.dtypes import DTYPE_NAME, torch_dtype
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
 
 MAX_INLINE_BYTES: Final = 1 << 20
 MAX_PER_RANK_BYTES: Final = 64 << 20
@@ -39,7 +42,8 @@ def encode_inline(value: object, path: str, *, max_bytes: int = MAX_INLINE_BYTES
         nbytes = value.numel() * value.element_size()
         if nbytes > max_bytes:
             raise UnsupportedStateError(
-                f"{path}: a tensor of {nbytes} bytes is too large to be stored inside a value (at most {max_bytes}); "
+                f"{path}: a tensor of {nbytes} bytes is too large to be stored inside a value "
+                f"(at most {max_bytes}); "
                 "put it into the state by itself"
             )
         return {
@@ -76,7 +80,7 @@ def decode_inline(value: Any) -> object:
 def collector(
     name: str, tensors: dict[str, torch.Tensor]
 ) -> Callable[[object, str], object | None]:
-    """Return an encoder that puts tensors into `tensors` by their path below `name` and refers to them."""
+    """Return an encoder that puts tensors into `tensors` by path below `name`, and refers to them."""
 
     def extension(value: object, path: str) -> object | None:
         if not isinstance(value, torch.Tensor):

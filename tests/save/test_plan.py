@@ -1,0 +1,106 @@
+"""The save plan: every byte has one writer, shares are balanced, disagreement is named."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from shardckpt.errors import StateMismatchError
+from shardckpt.format.shares import replica_share
+from shardckpt.geometry.layout import MeshLayout
+from shardckpt.save.plan import merge, rank_plan
+from shardckpt.save.structure import structure_of
+from shardckpt.state import StateTree
+from shardckpt.testing.arrays import ArrayBackend, Sharded, shard_of
+
+
+def tree(rank: int, arrays: dict[str, np.ndarray], layout: MeshLayout | None) -> StateTree:
+    state = {
+        key: value if layout is None or value.ndim == 0 else shard_of(value, layout, rank)
+        for key, value in arrays.items()
+    }
+    return ArrayBackend().describe(state)
+
+
+@given(st.integers(0, 10**7), st.integers(1, 9), st.integers(-1, 8))
+def test_shares_of_replicas_tile_the_shard(nbytes: int, replicas: int, owner: int) -> None:
+    position = 0
+    for replica in range(replicas):
+        start, stop = replica_share(nbytes, replicas, owner, replica)
+        if start < stop:
+            assert start == position
+            position = stop
+    assert position == nbytes
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    st.sampled_from([((1,), ()), ((3,), ((0,),)), ((2, 2), ((1,),)), ((2, 2), ((1, 0),)), ((4,), ())]),
+    st.lists(st.tuples(st.integers(0, 40), st.integers(1, 3000)), min_size=1, max_size=5),
+)
+def test_every_byte_of_every_array_has_exactly_one_writer(
+    case: tuple[tuple[int, ...], tuple[tuple[int, ...], ...]], shapes: list[tuple[int, int]]
+) -> None:
+    mesh, cuts = case
+    world = math.prod(mesh)
+    layout = MeshLayout(mesh, tuple(range(world)), cuts)
+    arrays = {f"k{i}": np.zeros(shape, np.float64) for i, shape in enumerate(shapes)}
+    trees = [tree(rank, arrays, layout) for rank in range(world)]
+    plan = merge([structure_of(t) for t in trees], list(range(world)))
+    written = {key: np.zeros(value.shape, int) for key, value in arrays.items()}
+    for rank, described in enumerate(trees):
+        for payload in rank_plan(plan, described.leaves, rank).payloads:
+            leaf = described.leaves[payload.leaf]
+            box = leaf.shards[payload.shard].box
+            part = np.zeros(box.num_elements, int)
+            part[payload.start // 8 : (payload.start + payload.nbytes) // 8] = 1
+            where = tuple(slice(a, b) for a, b in zip(box.offsets, box.stop, strict=True))
+            written[leaf.key][where] += part.reshape(box.shape)
+    assert all((counts == 1).all() for counts in written.values())
+
+
+def test_replicated_bytes_are_split_evenly() -> None:
+    arrays = {"big": np.zeros((3001, 701), np.float32), **{f"s{i}": np.zeros(9) for i in range(64)}}
+    trees = [tree(rank, arrays, None) for rank in range(5)]
+    plan = merge([structure_of(trees[0])], [0] * 5)
+    loads = [sum(p.nbytes for p in rank_plan(plan, t.leaves, r).payloads) for r, t in enumerate(trees)]
+    assert max(loads) - min(loads) <= 2 * 65536
+
+
+def test_a_file_that_would_grow_too_large_is_split() -> None:
+    described = tree(0, {"a": np.zeros(2**20), "b": np.zeros(2**19)}, None)
+    plan = merge([structure_of(described)], [0])
+    split = rank_plan(plan, described.leaves, 0, max_file_bytes=4 << 20)
+    assert len(split.file_bytes) > 2
+    assert max(split.file_bytes) <= 4 << 20
+    assert sum(p.nbytes for p in split.payloads) == 8 * (2**20 + 2**19)
+
+
+def test_ranks_that_hold_different_arrays_under_one_key_are_named() -> None:
+    trees = [tree(0, {"w": np.zeros(4)}, None), tree(1, {"w": np.zeros(5)}, None)]
+    with pytest.raises(StateMismatchError, match=r"'w'.*float64\[5\].*float64\[4\]"):
+        merge([structure_of(t) for t in trees], [0, 1])
+
+
+def test_copies_on_separate_submeshes_are_replicas() -> None:
+    value = np.arange(40.0).reshape(10, 4)
+    trees = []
+    for rank in range(4):
+        layout = MeshLayout((2,), (rank % 2, rank % 2 + 2), ((0,),))
+        trees.append(ArrayBackend().describe({"w": shard_of(value, layout, rank)}))
+    plan = merge([structure_of(t) for t in trees], [0, 1, 2, 3])
+    payloads = [rank_plan(plan, t.leaves, r).payloads for r, t in enumerate(trees)]
+    assert sum(p.nbytes for of_rank in payloads for p in of_rank) == value.nbytes
+
+
+def test_a_gap_between_irregular_boxes_is_named() -> None:
+    value = np.zeros((4, 4))
+    rows = MeshLayout((2,), (0, 1), ((0,),))
+    part = shard_of(value, rows, 0)
+    described = ArrayBackend().describe({"w": Sharded((4, 4), "boxes", part.parts)})
+    with pytest.raises(StateMismatchError, match="8 of 16 elements"):
+        merge([structure_of(described)], [0])
