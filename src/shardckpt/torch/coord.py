@@ -227,7 +227,7 @@ class _Helper:
                         PREFIX, _own_connection(store, timeout_s)
                     )
                 task.result = task.call(own)
-            except Exception as error:  # handed to the caller.
+            except Exception as error:  # Handed to the caller.
                 task.error = error
             task.done.set()
 
