@@ -109,6 +109,8 @@ Status ParseRow(size_t index, std::span<const int64_t>* fields, CopyRow* row, bo
   *is_empty = false;
   row->num_dims = 0;
   int64_t total_bytes = itemsize_bytes;
+  bool is_too_large = false;
+  int64_t overwritten_dim = -1;
   for (size_t i = 0; i < num_dims; ++i) {
     const Dim dim{(*fields)[4 + i], (*fields)[4 + num_dims + i], (*fields)[4 + 2 * num_dims + i]};
     int64_t span_bytes = 0;
@@ -120,24 +122,26 @@ Status ParseRow(size_t index, std::span<const int64_t>* fields, CopyRow* row, bo
                      std::to_string(dim.src_stride_bytes) + "; that is no memory of this machine.");
     }
     if (dim.size == 0) *is_empty = true;
-    if (dim.size > 1 && dim.dst_stride_bytes == 0) {
-      return InvalidRow(index,
-                        "dim " + std::to_string(i) + " of size " + std::to_string(dim.size) +
-                            " has destination stride 0: its items would overwrite each other.");
-    }
-    if (!*is_empty && __builtin_mul_overflow(total_bytes, dim.size, &total_bytes)) {
-      return InvalidRow(index, "more than 2^63 bytes.");
-    }
+    // Both judged after the loop: a later dim of size 0 leaves nothing to copy.
+    if (dim.size > 1 && dim.dst_stride_bytes == 0) overwritten_dim = static_cast<int64_t>(i);
+    if (__builtin_mul_overflow(total_bytes, dim.size, &total_bytes)) is_too_large = true;
     if (dim.size != 1) row->dims[row->num_dims++] = dim;
   }
-  if (!*is_empty && (dst == 0 || src == 0)) {
+  *fields = fields->subspan(4 + 3 * num_dims);
+  if (*is_empty) return Status::Ok();
+  if (is_too_large) return InvalidRow(index, "more than 2^63 bytes.");
+  if (overwritten_dim >= 0) {
+    return InvalidRow(index,
+                      "dim " + std::to_string(overwritten_dim) +
+                          " has destination stride 0: its items would overwrite each other.");
+  }
+  if (dst == 0 || src == 0) {
     return InvalidRow(index,
                       "a null address with " + std::to_string(total_bytes) + " bytes to copy.");
   }
-  *fields = fields->subspan(4 + 3 * num_dims);
   row->dst = reinterpret_cast<uint8_t*>(static_cast<uintptr_t>(dst));
   row->src = reinterpret_cast<const uint8_t*>(static_cast<uintptr_t>(src));
-  if (!*is_empty) Simplify(itemsize_bytes, row);
+  Simplify(itemsize_bytes, row);
   return Status::Ok();
 }
 

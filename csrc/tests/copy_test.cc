@@ -147,6 +147,8 @@ TEST(ATableThatIsNoEncodingCopiesNothing) {
   }
   EXPECT(CopyRows(good, 0).code() == StatusCode::kInvalid, "0 threads");
   EXPECT(CopyRows(good, kMaxCopyThreads + 1).code() == StatusCode::kInvalid, "too many threads");
+  const std::vector<int64_t> empty{Address(&dst), 0, 8, 3, INT64_MAX, 2, 0, 1, 0, 0, 1, 0, 0};
+  EXPECT(CopyRows(empty, 1).ok() && dst == 1, "an empty array may have any strides and no memory");
   EXPECT(CopyRows({}, 1).ok(), "nothing to copy is fine");
   EXPECT(CopyRows(good, 1).ok() && dst == 2, "ndim 0 is one item");
 }

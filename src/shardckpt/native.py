@@ -5,6 +5,7 @@ Layer: native. `SHARDCKPT_PURE_PYTHON=1` chooses the pure path.
 
 from __future__ import annotations
 
+import importlib.util
 import os
 from typing import TYPE_CHECKING, Final
 
@@ -18,12 +19,13 @@ if TYPE_CHECKING:
 def _load() -> ModuleType | None:
     if os.environ.get("SHARDCKPT_PURE_PYTHON", "") not in ("", "0"):
         return None
-    try:
-        from shardckpt import _native  # type: ignore[attr-defined]
-    except ImportError:
+    # Only an extension that is not there means the pure path: one that is there but does not load
+    # (a half-written file) must say so, not make every save a thousand times slower.
+    if importlib.util.find_spec("shardckpt._native") is None:
         return None
-    module: ModuleType = _native
-    return module
+    from shardckpt import _native
+
+    return _native
 
 
 _module = _load()
@@ -65,7 +67,7 @@ def copy_rows(rows: array[int], num_threads: int) -> None:
     Args:
         rows: `array('q')`, per array [dst_address, src_address, itemsize_bytes, ndim, shape[ndim],
             dst_strides_bytes[ndim], src_strides_bytes[ndim]].
-        num_threads: Threads that copy.
+        num_threads: Threads that copy, 1 to 64.
 
     Raises:
         ValueError: The table is no such encoding; nothing was copied.

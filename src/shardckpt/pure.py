@@ -6,7 +6,9 @@ Layer: native. Used where the extension is not built, and to check it.
 from __future__ import annotations
 
 import ctypes
+import errno
 import itertools
+import math
 import os
 import struct
 from typing import TYPE_CHECKING, Final, TypeAlias
@@ -16,6 +18,9 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 _POLYNOMIAL: Final = 0x82F63B78
+_INT64_END: Final = 1 << 63
+_MAX_DIMS: Final = 32
+_MAX_THREADS: Final = 64
 
 
 def _make_table() -> tuple[int, ...]:
@@ -32,15 +37,28 @@ _TABLE: Final = _make_table()
 
 
 def crc32c(data: bytes | bytearray | memoryview, initial: int = 0) -> int:
-    """Return the CRC32C of `data`, continuing from `initial`."""
+    """Return the CRC32C of `data`, continuing from `initial`.
+
+    Raises:
+        BufferError: The bytes do not lie in one stretch.
+    """
+    view = memoryview(data)
+    if not view.c_contiguous:
+        raise BufferError("crc32c: the buffer is not C-contiguous; pass a copy of it.")
     crc = initial ^ 0xFFFFFFFF
-    for byte in memoryview(data).cast("B"):
+    for byte in view.cast("B"):
         crc = (crc >> 8) ^ _TABLE[(crc ^ byte) & 0xFF]
     return crc ^ 0xFFFFFFFF
 
 
 def crc32c_at(address: int, nbytes: int, initial: int = 0) -> int:
-    """Return the CRC32C of memory."""
+    """Return the CRC32C of memory.
+
+    Raises:
+        ValueError: A null address with bytes.
+    """
+    if address == 0 and nbytes:
+        raise ValueError("crc32c_at: a null address with bytes; pass memory that exists.")
     return crc32c(memory(address, nbytes), initial) if nbytes else initial
 
 
@@ -50,15 +68,21 @@ def chunk_crcs(rows: array[int], seed: int, chunk_bytes: int) -> bytes:
     Raises:
         ValueError: The rows are no triples or hold nonsense.
     """
-    if len(rows) % 3 or chunk_bytes < 1:
-        raise ValueError(
-            "chunk_crcs: rows are not triples [address, nbytes, file_offset], or chunk_bytes < 1"
-        )
+    fields = _int64_fields(rows)
+    if len(fields) % 3:
+        raise ValueError("chunk_crcs: rows are not triples [address, nbytes, file_offset].")
+    if chunk_bytes < 1:
+        raise ValueError(f"chunk_crcs: chunk_bytes is {chunk_bytes}; it must be at least 1.")
+    triples = [fields[i : i + 3] for i in range(0, len(fields), 3)]
+    for i, (address, nbytes, offset) in enumerate(triples):
+        is_null = address == 0 and nbytes > 0
+        if nbytes < 0 or offset < 0 or is_null or offset + nbytes >= _INT64_END:
+            raise ValueError(
+                f"chunk_crcs: row {i} is [address {address}, nbytes {nbytes}, file_offset "
+                f"{offset}]; pass memory that exists and a place in a file."
+            )
     out = bytearray()
-    for i in range(0, len(rows), 3):
-        address, nbytes, offset = rows[i : i + 3]
-        if nbytes < 0 or offset < 0 or (address == 0 and nbytes):
-            raise ValueError(f"chunk_crcs: row {i // 3} is {[address, nbytes, offset]}")
+    for address, nbytes, offset in triples:
         for start in range(0, nbytes, chunk_bytes):
             crc = crc32c_at(address + start, min(chunk_bytes, nbytes - start))
             place = crc32c(struct.pack("<Q", offset + start), seed)
@@ -72,9 +96,12 @@ def copy_rows(rows: array[int], num_threads: int) -> None:
     Raises:
         ValueError: The table is no such encoding; nothing was copied.
     """
-    if num_threads < 1:
-        raise ValueError(f"copy_rows: num_threads is {num_threads}; use 1 or more")
-    for destination, source, item, shape, to, by in list(_decoded(rows)):
+    if not 1 <= num_threads <= _MAX_THREADS:
+        raise ValueError(
+            f"copy_rows: num_threads is {num_threads}; allowed are 1 to {_MAX_THREADS}."
+        )
+    # All rows are checked before the first byte moves.
+    for destination, source, item, shape, to, by in list(_decoded(_int64_fields(rows))):
         if 0 in shape:
             continue
         inner = item
@@ -95,10 +122,14 @@ def write_full(fd: int, address: int, nbytes: int, offset: int) -> None:
 
     Raises:
         OSError: The system refused.
+        ValueError: No range of a file, or null memory.
     """
+    _check_range("write_full", address, nbytes, offset)
     view = memory(address, nbytes)
     while view:
         written = os.pwrite(fd, view, offset)
+        if written == 0:  # It names no reason and would be tried for ever.
+            raise OSError(errno.EIO, f"write_full at offset {offset} of fd {fd} wrote 0 bytes")
         view, offset = view[written:], offset + written
 
 
@@ -107,7 +138,9 @@ def read_full(fd: int, address: int, nbytes: int, offset: int) -> int:
 
     Raises:
         OSError: The system refused.
+        ValueError: No range of a file, or null memory.
     """
+    _check_range("read_full", address, nbytes, offset)
     view = memory(address, nbytes)
     done = 0
     while done < nbytes:
@@ -125,19 +158,59 @@ def memory(address: int, nbytes: int) -> memoryview:
     return memoryview((ctypes.c_char * nbytes).from_address(address)).cast("B")
 
 
-_Row: TypeAlias = "tuple[int, int, int, array[int], array[int], array[int]]"
+_Row: TypeAlias = "tuple[int, int, int, list[int], list[int], list[int]]"
 
 
-def _decoded(rows: array[int]) -> Iterator[_Row]:
+def _int64_fields(rows: array[int]) -> list[int]:
+    view = memoryview(rows)
+    if view.format not in ("q", "l") or view.itemsize != 8:
+        raise ValueError("rows are not 64-bit integers; pass an array('q').")
+    return view.tolist()
+
+
+def _check_range(operation: str, address: int, nbytes: int, offset: int) -> None:
+    if offset < 0 or offset + nbytes >= _INT64_END or (address == 0 and nbytes):
+        raise ValueError(
+            f"{operation}: {nbytes} bytes at offset {offset} of memory at {address} is no range of "
+            "a file; pass an offset >= 0 and memory that exists."
+        )
+
+
+def _decoded(fields: list[int]) -> Iterator[_Row]:
     position = 0
-    while position < len(rows):
-        head = rows[position : position + 4]
-        if len(head) < 4 or head[2] < 1 or not 0 <= head[3] <= 32:
-            raise ValueError(f"copy_rows: no row at {position}: {list(head)}")
+    row = 0
+    while position < len(fields):
+        head = fields[position : position + 4]
+        if len(head) < 4 or head[2] < 1 or not 0 <= head[3] <= _MAX_DIMS:
+            raise ValueError(
+                f"copy_rows: row {row} begins {head}; it needs address, address, "
+                f"itemsize >= 1, ndim 0 to {_MAX_DIMS}."
+            )
         destination, source, item, num_dims = head
-        body = rows[position + 4 : position + 4 + 3 * num_dims]
-        if len(body) != 3 * num_dims or any(n < 0 for n in body[:num_dims]):
-            raise ValueError(f"copy_rows: the row at {position} is cut off or has a negative size")
-        position += 4 + 3 * num_dims
+        body = fields[position + 4 : position + 4 + 3 * num_dims]
+        if len(body) != 3 * num_dims:
+            raise ValueError(
+                f"copy_rows: row {row}: ndim {num_dims} needs {3 * num_dims} more "
+                f"fields, the table has {len(body)} left."
+            )
         shape, to, by = body[:num_dims], body[num_dims : 2 * num_dims], body[2 * num_dims :]
+        _check_row(row, head, shape, to, by)
         yield destination, source, item, shape, to, by
+        position += 4 + 3 * num_dims
+        row += 1
+
+
+def _check_row(row: int, head: list[int], shape: list[int], to: list[int], by: list[int]) -> None:
+    for dim, (size, *strides) in enumerate(zip(shape, to, by, strict=True)):
+        is_wild = any(not -_INT64_END <= size * stride < _INT64_END for stride in strides)
+        if size < 0 or is_wild or (size > 1 and strides[0] == 0 and 0 not in shape):
+            raise ValueError(
+                f"copy_rows: row {row}: dim {dim} has size {size} and strides {strides}; sizes are "
+                ">= 0, a destination must not overwrite itself, and all must fit into memory."
+            )
+    if 0 in shape:
+        return
+    if head[2] * math.prod(shape) >= _INT64_END:
+        raise ValueError(f"copy_rows: row {row}: more than 2^63 bytes.")
+    if 0 in head[:2]:
+        raise ValueError(f"copy_rows: row {row}: a null address with bytes to copy.")

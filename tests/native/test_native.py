@@ -177,7 +177,7 @@ def strided(
     nbytes = int(np.prod(stretched)) * np.dtype(dtype).itemsize
     memory = (np.arange(nbytes) * 7 + fill).astype(np.uint8)
     array_ = memory.view(dtype).reshape(stretched).transpose(np.argsort(order))
-    return memory, array_[tuple(slice(None, None, step) for step in steps[: len(shape)])]
+    return memory, array_[(..., *(slice(None, None, step) for step in steps[: len(shape)]))]
 
 
 @given(case=strided_views(), num_threads=st.integers(1, 3))
