@@ -26,6 +26,8 @@ from shardckpt import native
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
+    from shardckpt.testing.ranks import RankContext
+
 GIB: Final = 1 << 30
 MIB: Final = 1 << 20
 
@@ -171,3 +173,22 @@ def scratch(parent: Path) -> Iterator[Path]:
     """Give a directory that is removed afterwards."""
     with tempfile.TemporaryDirectory(prefix="shardckpt-bench-", dir=parent.resolve()) as name:
         yield Path(name)
+
+
+def join_gloo(told: RankContext) -> None:
+    """Join the process group of a run's ranks."""
+    torch.distributed.init_process_group(
+        "gloo",
+        init_method=f"tcp://127.0.0.1:{told.port}",
+        rank=told.rank,
+        world_size=told.world_size,
+    )
+
+
+def together(call: Callable[[], object]) -> float:
+    """Return the seconds until every rank has done its call."""
+    torch.distributed.barrier()
+    started = perf_counter()
+    call()
+    torch.distributed.barrier()
+    return perf_counter() - started
