@@ -21,7 +21,7 @@ import msgspec
 
 from shardckpt.backend import Backend, SavedLeaf, SavedState, Targets
 from shardckpt.coord.session import Failure, Round, RoundFailedError
-from shardckpt.errors import ShardckptError, error_named
+from shardckpt.errors import DeadlineError, ShardckptError, error_named
 from shardckpt.geometry.layout import BoxLayout, Layout
 from shardckpt.load.cast import Temporary, allocate
 from shardckpt.load.check import is_wanted, mismatches, raise_mismatch, target_names
@@ -226,7 +226,8 @@ def _agree(round_: Round, phase: str, error: Exception | None) -> None:
     """Learn that all ranks came through a phase, or raise the first failure; publishes this rank's.
 
     Raises:
-        ShardckptError: Another rank failed, or did not come.
+        ShardckptError: Another rank failed.
+        DeadlineError: Another rank did not come; names it.
     """
     if error is not None:
         round_.fail(error)
@@ -245,6 +246,11 @@ def _agree(round_: Round, phase: str, error: Exception | None) -> None:
             round_.wait(phase, Ok, what=f"all ranks to have {phase} the checkpoint", grace=1.1)
     except RoundFailedError as failed:
         raise _from_rank(failed.failure) from None
+    except DeadlineError as error:
+        if round_.rank == 0:
+            # Only the coordinator knows who is missing; without this the others could not say it.
+            round_.fail(error)
+        raise
 
 
 def _agree_poisoned(round_: Round, phase: str, error: Exception | None, *, poisons: bool) -> None:
