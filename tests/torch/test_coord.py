@@ -1,0 +1,133 @@
+"""The c10d store as coordination: large values, absent keys, a server that stopped answering."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from datetime import timedelta
+from typing import TYPE_CHECKING
+
+import pytest
+import torch.distributed as dist
+
+from shardckpt.coord.single import SingleCoord
+from shardckpt.errors import DeadlineError
+from shardckpt.torch.coord import PART_BYTES, C10dCoord, default_coord
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+
+SERVER = """
+import sys
+from datetime import timedelta
+from torch.distributed import TCPStore
+store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False,
+                 timeout=timedelta(seconds=30))
+print(store.port, flush=True)
+sys.stdin.read()
+"""
+
+
+@pytest.fixture
+def server() -> Iterator[tuple[subprocess.Popen[str], int]]:
+    process = subprocess.Popen(
+        [sys.executable, "-c", SERVER], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    assert process.stdout is not None
+    yield process, int(process.stdout.readline())
+    process.kill()
+    process.communicate()
+
+
+def client(port: int) -> dist.TCPStore:
+    return dist.TCPStore("127.0.0.1", port, timeout=timedelta(seconds=30))
+
+
+def test_values_of_any_size_pass_and_absent_keys_do_not_wait(
+    server: tuple[subprocess.Popen[str], int],
+) -> None:
+    _, port = server
+    one = C10dCoord(client(port), 0, 2, timeout_s=20)
+    two = C10dCoord(client(port), 1, 2, timeout_s=20)
+    started = time.monotonic()
+    assert two.get("absent") is None
+    assert time.monotonic() - started < 5
+    # More than 8 MiB in one value would end the connection.
+    for size in (0, 1, PART_BYTES - 1, PART_BYTES, 3 * PART_BYTES + 5):
+        value = os.urandom(size)
+        one.set("key", value)
+        assert two.get("key") == value
+    two.delete("key")
+    two.delete("key")
+    assert one.get("key") is None
+    assert client(port).num_keys() <= 1, "parts of a deleted value stayed behind"
+    one.close()
+    two.close()
+
+
+def test_keys_keep_out_of_the_way_of_the_trainer(
+    server: tuple[subprocess.Popen[str], int],
+) -> None:
+    _, port = server
+    store = client(port)
+    coord = C10dCoord(store, 0, 1, timeout_s=20)
+    store.set("key", "trainer")
+    assert coord.get("key") is None
+    coord.set("key", b"ours")
+    assert store.get("key") == b"trainer"
+    coord.close()
+
+
+def test_a_server_that_stops_answering_ends_in_a_deadline(
+    server: tuple[subprocess.Popen[str], int],
+) -> None:
+    process, port = server
+    coord = C10dCoord(client(port), 1, 2, timeout_s=0.5)
+    coord.set("key", b"value")
+    process.send_signal(signal.SIGSTOP)
+    started = time.monotonic()
+    with pytest.raises(DeadlineError, match=r"rank 1: .*did not answer 'get key' within 0.5 s"):
+        coord.get("key")
+    coord.delete("key")
+    assert time.monotonic() - started < 3
+    process.send_signal(signal.SIGCONT)
+    coord.close()
+
+
+def test_a_server_that_ended_is_reported_as_such(
+    server: tuple[subprocess.Popen[str], int],
+) -> None:
+    process, port = server
+    coord = C10dCoord(client(port), 0, 2, timeout_s=5)
+    coord.set("key", b"value")
+    process.kill()
+    process.wait()
+    with pytest.raises(DeadlineError, match="key-value store (failed|did not answer)"):
+        coord.get("key")
+    coord.close()
+
+
+def test_a_file_store_serves_as_well(tmp_path: Path) -> None:
+    path = str(tmp_path / "store")
+    one = C10dCoord(dist.FileStore(path, 2), 0, 2, timeout_s=20)
+    two = C10dCoord(dist.FileStore(path, 2), 1, 2, timeout_s=20)
+    assert two.get("key") is None
+    one.set("key", b"\0\xff value")
+    assert two.get("key") == b"\0\xff value"
+    one.close()
+    two.close()
+
+
+def test_one_process_needs_no_store(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    assert isinstance(default_coord(1.0), SingleCoord)
+
+
+def test_ranks_without_torch_distributed_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    with pytest.raises(ValueError, match="WORLD_SIZE is 4.*init_process_group"):
+        default_coord(1.0)
