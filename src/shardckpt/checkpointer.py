@@ -229,7 +229,9 @@ class CheckpointerCore:
                     return None
                 restored = self._load(round_, chosen, lease, state, options)
             except CorruptCheckpointError as error:
-                if step is not None or not fallback or self._poison is not None:
+                # A strict load fills the same keys again, so nothing half-loaded outlives it.
+                mixes = self._poison is not None and not options.strict
+                if step is not None or not fallback or mixes:
                     raise self._with_alternative(error, skip) from error
                 _logger.warning("falling back to an older step: %s", error)
                 skip.append(chosen.attempt)
