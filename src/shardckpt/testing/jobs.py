@@ -120,9 +120,14 @@ class ThreadJob:
 
     def save(self, step: int) -> list[bool | BaseException]:
         """Save `state_at(step)` on every rank; return each rank's outcome."""
-        return self.each(
-            lambda core, rank: core.save(step, state_at(step, rank, self.world_size)).wait()
-        )
+
+        def save(core: CheckpointerCore, rank: int) -> bool:
+            handle = core.save(step, state_at(step, rank, self.world_size))
+            # Not handle.wait(): a failure that only this raised comes again at the next save.
+            core.wait()
+            return handle.committed.result()
+
+        return self.each(save)
 
     def restored_step(self, step: int | None = None, options: LoadOptions = LOAD) -> int | None:
         """Restore on every rank, check the values bit for bit, and return the step.
