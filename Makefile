@@ -42,6 +42,7 @@ lint: setup
 	$(BIN)/lint-imports
 
 core-test: setup
+	mkdir -p build
 	for sanitizer in address,undefined thread; do \
 	  build=build/core-$$sanitizer; \
 	  $(BIN)/cmake -S csrc -B $$build -DSHARDCKPT_PYTHON=OFF -DSHARDCKPT_TESTS=ON \
