@@ -1,4 +1,4 @@
-"""Shared by the torch tests: save one state and restore it into another, through the whole engine."""
+"""Shared by the torch tests: save one state, restore another from it, with the engine."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ import itertools
 from typing import TYPE_CHECKING, Any
 
 import pytest
-import torch
 
+import torch
 from shardckpt.torch import Checkpointer, Restored
 
 if TYPE_CHECKING:

@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import datetime
 import itertools
-from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from unittest import mock
 
-import torch
 import torch.distributed as dist
-from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
+import torch
 from shardckpt.torch import Checkpointer, RngState
+from torch import nn
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 WIDTH = 37
 
@@ -49,7 +51,9 @@ def fsdp2(seed: int) -> nn.Module:
 
 def hsdp(seed: int) -> nn.Module:
     model = build(seed)
-    mesh = init_device_mesh("cpu", (2, dist.get_world_size() // 2), mesh_dim_names=("copy", "shard"))
+    mesh = init_device_mesh(
+        "cpu", (2, dist.get_world_size() // 2), mesh_dim_names=("copy", "shard")
+    )
     for block in model:
         fully_shard(block, mesh=mesh)
     return fully_shard(model, mesh=mesh)
@@ -59,9 +63,7 @@ def tp_fsdp(seed: int) -> nn.Module:
     model = build(seed)
     mesh = init_device_mesh("cpu", (dist.get_world_size() // 2, 2), mesh_dim_names=("dp", "tp"))
     for block in list(model)[:3]:
-        parallelize_module(
-            block, mesh["tp"], {"up": ColwiseParallel(), "down": RowwiseParallel()}
-        )
+        parallelize_module(block, mesh["tp"], {"up": ColwiseParallel(), "down": RowwiseParallel()})
         fully_shard(block, mesh=mesh["dp"])
     return fully_shard(model, mesh=mesh["dp"])
 
@@ -71,7 +73,9 @@ def ddp(seed: int) -> nn.Module:
 
 
 def fsdp1(seed: int) -> nn.Module:
-    return FullyShardedDataParallel(build(seed), use_orig_params=True, device_id=torch.device("cpu"))
+    return FullyShardedDataParallel(
+        build(seed), use_orig_params=True, device_id=torch.device("cpu")
+    )
 
 
 LAYOUTS: dict[str, Callable[[int], nn.Module]] = {
@@ -223,10 +227,29 @@ def save_without_collectives(rank: int, world_size: int, port: int, root: str) -
         train(state["model"], state["optimizer"], steps=1)
         group = dist.distributed_c10d._get_default_group()
         backend = type(group._get_backend(torch.device("cpu")))
-        names = [n for n in ("allgather", "allreduce", "broadcast", "barrier", "send", "recv", "alltoall",
-                             "_allgather_base", "reduce_scatter", "gather", "scatter") if hasattr(backend, n)]
-        patches = [mock.patch.object(dist, name, refuse) for name in COLLECTIVES if hasattr(dist, name)]
-        patches += [mock.patch.object(type(group), n, refuse) for n in names if hasattr(type(group), n)]
+        names = [
+            n
+            for n in (
+                "allgather",
+                "allreduce",
+                "broadcast",
+                "barrier",
+                "send",
+                "recv",
+                "alltoall",
+                "_allgather_base",
+                "reduce_scatter",
+                "gather",
+                "scatter",
+            )
+            if hasattr(backend, n)
+        ]
+        patches = [
+            mock.patch.object(dist, name, refuse) for name in COLLECTIVES if hasattr(dist, name)
+        ]
+        patches += [
+            mock.patch.object(type(group), n, refuse) for n in names if hasattr(type(group), n)
+        ]
         for patch in patches:
             patch.start()
         try:

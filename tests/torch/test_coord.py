@@ -106,7 +106,7 @@ def test_a_server_that_ended_is_reported_as_such(
     coord.set("key", b"value")
     process.kill()
     process.wait()
-    with pytest.raises(DeadlineError, match="key-value store (failed|did not answer)"):
+    with pytest.raises(DeadlineError, match=r"key-value store (failed|did not answer)"):
         coord.get("key")
     coord.close()
 
@@ -129,5 +129,5 @@ def test_one_process_needs_no_store(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_ranks_without_torch_distributed_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WORLD_SIZE", "4")
-    with pytest.raises(ValueError, match="WORLD_SIZE is 4.*init_process_group"):
+    with pytest.raises(ValueError, match=r"WORLD_SIZE is 4.*init_process_group"):
         default_coord(1.0)

@@ -5,11 +5,11 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import pytest
-import torch
-from torch import nn, optim
 
+import torch
 from shardckpt.errors import StateMismatchError, UnsupportedStateError
 from shardckpt.torch.backend import TorchBackend
+from torch import nn, optim
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -239,7 +239,9 @@ def test_state_that_nobody_saved_is_reported_as_missing(round_trip: Callable[...
     model, other = net(), net()
     optimizer, used = optim.AdamW(model.parameters()), optim.AdamW(other.parameters())
     train(other, used, steps=1)
-    with pytest.raises(StateMismatchError, match=r"o/state/0.weight/exp_avg.*not in the checkpoint"):
+    with pytest.raises(
+        StateMismatchError, match=r"o/state/0.weight/exp_avg.*not in the checkpoint"
+    ):
         round_trip({"m": model, "o": optimizer}, {"m": other, "o": used})
 
 

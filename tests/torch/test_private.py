@@ -5,23 +5,23 @@ from __future__ import annotations
 import inspect
 
 import pytest
-import torch
-from torch import nn
 from torch.distributed import distributed_c10d
 from torch.distributed.fsdp import FullyShardedDataParallel, _flat_param
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.placement_types import Partial, Replicate, Shard, _StridedShard
 
+import torch
 from shardckpt.errors import UnsupportedStateError
 from shardckpt.torch import private
 from shardckpt.torch.dtypes import DTYPE_NAME, TORCH_DTYPE
+from torch import nn
 
 
 def test_placements_as_plain_data() -> None:
     assert private.cut_of(Replicate(), "x") == private.Cut(None, 1)
     assert private.cut_of(Shard(2), "x") == private.Cut(2, 1)
     assert private.cut_of(_StridedShard(1, split_factor=4), "x") == private.Cut(1, 4)
-    with pytest.raises(UnsupportedStateError, match="key: .*not reduced"):
+    with pytest.raises(UnsupportedStateError, match=r"key: .*not reduced"):
         private.cut_of(Partial(), "key")
 
 
@@ -53,7 +53,9 @@ def test_flat_parameters_keep_their_fields() -> None:
     assert "_use_orig_params" in inspect.getsource(handle.__init__)
     assert "_handle" in FullyShardedDataParallel.__annotations__ or "_handle" in inspect.getsource(
         FullyShardedDataParallel.__init__
-    ) + inspect.getsource(inspect.getmodule(FullyShardedDataParallel)._init_param_handle_from_module)  # type: ignore[union-attr]
+    ) + inspect.getsource(
+        inspect.getmodule(FullyShardedDataParallel)._init_param_handle_from_module
+    )  # type: ignore[union-attr]
 
 
 def test_a_compiled_module_is_unwrapped() -> None:

@@ -175,7 +175,7 @@ def refuse_gathered(module: nn.Module, name: str) -> None:
 
 
 def persistent_tensors(module: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
-    """Yield raw name and tensor of parameters and persistent buffers: `state_dict` without hooks."""
+    """Yield raw name and tensor of parameters and persistent buffers; `state_dict`, no hooks."""
     for path, part in module.named_modules(remove_duplicate=False):
         for name, param in part._parameters.items():
             if param is not None:

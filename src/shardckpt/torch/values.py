@@ -80,7 +80,7 @@ def decode_inline(value: Any) -> object:
 def collector(
     name: str, tensors: dict[str, torch.Tensor]
 ) -> Callable[[object, str], object | None]:
-    """Return an encoder that puts tensors into `tensors` by path below `name`, and refers to them."""
+    """Return an encoder that puts tensors into `tensors` by path below `name`."""
 
     def extension(value: object, path: str) -> object | None:
         if not isinstance(value, torch.Tensor):
