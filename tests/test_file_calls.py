@@ -14,7 +14,7 @@ _PACKAGE = Path(shardckpt.storage.fileops.__file__).parents[1]
 # output; testing serves tests.
 _EXEMPT = ("storage/fileops.py", "pure.py", "native.py", "cli/", "testing/", "__main__.py")
 _MODULES = {
-    "aiofiles", "fcntl", "fileinput", "glob", "io", "linecache", "shutil", "tempfile", "zipfile",
+    "aiofiles", "fcntl", "fileinput", "glob", "linecache", "shutil", "tempfile", "zipfile",
 }  # fmt: skip
 _OS = {
     "access", "chmod", "chown", "close", "copy_file_range", "creat", "dup", "dup2", "fdatasync",
@@ -40,6 +40,10 @@ def _file_calls(source: str) -> list[str]:
     for node in ast.walk(ast.parse(source)):
         match node:
             case ast.Call(func=ast.Name(id="open")):
+                found.append(node)
+            case ast.Attribute(value=ast.Name(id="io"), attr="open" | "open_code" | "FileIO"):
+                found.append(node)
+            case ast.ImportFrom(module="io"):
                 found.append(node)
             case ast.Attribute(value=ast.Name(id="os"), attr=name) if name in _OS:
                 found.append(node)

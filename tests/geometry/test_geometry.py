@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import numpy as np
@@ -21,7 +22,10 @@ shapes = st.lists(st.integers(0, 5), max_size=4).map(tuple)
 @st.composite
 def boxes_in(draw: st.DrawFn, shape: tuple[int, ...]) -> Box:
     starts = [draw(st.integers(0, n)) for n in shape]
-    return Box(tuple(starts), tuple(draw(st.integers(0, n - a)) for n, a in zip(shape, starts, strict=True)))
+    return Box(
+        tuple(starts),
+        tuple(draw(st.integers(0, n - a)) for n, a in zip(shape, starts, strict=True)),
+    )
 
 
 def slices(box: Box) -> tuple[slice, ...]:
@@ -33,19 +37,25 @@ def index_array(shape: tuple[int, ...]) -> np.ndarray:
 
 
 @given(st.data(), shapes)
-def test_runs_are_exactly_the_elements_of_a_box(data: st.DataObject, shape: tuple[int, ...]) -> None:
+def test_runs_are_exactly_the_elements_of_a_box(
+    data: st.DataObject, shape: tuple[int, ...]
+) -> None:
     box = data.draw(boxes_in(shape))
     expected = index_array(shape)[slices(box)].ravel().tolist()
     runs = list(element_runs(box, shape))
     assert [i for a, b in runs for i in range(a, b)] == expected
-    assert all(b < c for (_, b), (c, _) in zip(runs, runs[1:], strict=False)) or inner_run(box, shape)[1] <= 1
+    assert (
+        all(b < c for (_, b), (c, _) in itertools.pairwise(runs)) or inner_run(box, shape)[1] <= 1
+    )
     single = single_run(box, shape)
     if single is not None and expected:
         assert list(range(*single)) == expected
 
 
 @given(st.data(), shapes)
-def test_flat_ranges_are_cut_into_boxes_in_order(data: st.DataObject, shape: tuple[int, ...]) -> None:
+def test_flat_ranges_are_cut_into_boxes_in_order(
+    data: st.DataObject, shape: tuple[int, ...]
+) -> None:
     total = math.prod(shape)
     start = data.draw(st.integers(0, total))
     stop = data.draw(st.integers(start, total))
@@ -68,7 +78,9 @@ def mesh_layouts(draw: st.DrawFn) -> tuple[MeshLayout, tuple[int, ...]]:
 
 
 @given(mesh_layouts())
-def test_every_layout_covers_its_array_once_per_replica(case: tuple[MeshLayout, tuple[int, ...]]) -> None:
+def test_every_layout_covers_its_array_once_per_replica(
+    case: tuple[MeshLayout, tuple[int, ...]],
+) -> None:
     layout, shape = case
     counts = np.zeros(shape, int)
     for rank in layout.ranks:
@@ -100,7 +112,9 @@ def test_shards_that_touch_a_box_are_found_with_the_ranks_that_hold_them(
 
 
 @given(st.data(), shapes.filter(lambda s: math.prod(s) > 1))
-def test_a_gap_or_an_overlap_is_a_coverage_problem(data: st.DataObject, shape: tuple[int, ...]) -> None:
+def test_a_gap_or_an_overlap_is_a_coverage_problem(
+    data: st.DataObject, shape: tuple[int, ...]
+) -> None:
     middle = data.draw(st.integers(1, math.prod(shape) - 1))
     first = ranges_to_boxes(0, middle, shape)
     second = ranges_to_boxes(middle, math.prod(shape), shape)

@@ -1,4 +1,4 @@
-"""What this version's predecessors wrote still loads; a change of the bytes on disk shows here first."""
+"""What predecessors wrote still loads; a change of the bytes on disk shows here first."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from shardckpt.cli.main import run
 from shardckpt.checkpointer import load_once
+from shardckpt.cli.main import run
 from shardckpt.coord.single import SingleCoord
 from shardckpt.load.loader import LoadOptions
 from shardckpt.state import PerRank

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pytest
@@ -14,8 +15,10 @@ from shardckpt.format.shares import replica_share
 from shardckpt.geometry.layout import MeshLayout
 from shardckpt.save.plan import merge, rank_plan
 from shardckpt.save.structure import structure_of
-from shardckpt.state import StateTree
 from shardckpt.testing.arrays import ArrayBackend, Sharded, shard_of
+
+if TYPE_CHECKING:
+    from shardckpt.state import StateTree
 
 
 def tree(rank: int, arrays: dict[str, np.ndarray], layout: MeshLayout | None) -> StateTree:
@@ -39,7 +42,9 @@ def test_shares_of_replicas_tile_the_shard(nbytes: int, replicas: int, owner: in
 
 @settings(max_examples=40, deadline=None)
 @given(
-    st.sampled_from([((1,), ()), ((3,), ((0,),)), ((2, 2), ((1,),)), ((2, 2), ((1, 0),)), ((4,), ())]),
+    st.sampled_from(
+        [((1,), ()), ((3,), ((0,),)), ((2, 2), ((1,),)), ((2, 2), ((1, 0),)), ((4,), ())]
+    ),
     st.lists(st.tuples(st.integers(0, 40), st.integers(1, 3000)), min_size=1, max_size=5),
 )
 def test_every_byte_of_every_array_has_exactly_one_writer(
@@ -67,7 +72,9 @@ def test_replicated_bytes_are_split_evenly() -> None:
     arrays = {"big": np.zeros((3001, 701), np.float32), **{f"s{i}": np.zeros(9) for i in range(64)}}
     trees = [tree(rank, arrays, None) for rank in range(5)]
     plan = merge([structure_of(trees[0])], [0] * 5)
-    loads = [sum(p.nbytes for p in rank_plan(plan, t.leaves, r).payloads) for r, t in enumerate(trees)]
+    loads = [
+        sum(p.nbytes for p in rank_plan(plan, t.leaves, r).payloads) for r, t in enumerate(trees)
+    ]
     assert max(loads) - min(loads) <= 2 * 65536
 
 

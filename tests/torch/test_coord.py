@@ -14,6 +14,7 @@ import pytest
 import torch.distributed as dist
 
 from shardckpt.coord.single import SingleCoord
+from shardckpt.coord.base import wait_for
 from shardckpt.errors import DeadlineError
 from shardckpt.torch.coord import PART_BYTES, C10dCoord, default_coord
 
@@ -59,11 +60,13 @@ def test_values_of_any_size_pass_and_absent_keys_do_not_wait(
     # More than 8 MiB in one value would end the connection.
     for size in (0, 1, PART_BYTES - 1, PART_BYTES, 3 * PART_BYTES + 5):
         value = os.urandom(size)
-        one.set("key", value)
-        assert two.get("key") == value
-    two.delete("key")
-    two.delete("key")
-    assert one.get("key") is None
+        # TCPStore's set returns before the server has the value, so the other side waits for it;
+        # the engine never sets a key twice.
+        one.set(f"key{size}", value)
+        assert wait_for(two, f"key{size}", what="the value", timeout_s=20) == value
+        two.delete(f"key{size}")
+        two.delete(f"key{size}")
+        assert two.get(f"key{size}") is None
     assert client(port).num_keys() <= 1, "parts of a deleted value stayed behind"
     one.close()
     two.close()

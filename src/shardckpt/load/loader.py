@@ -246,10 +246,10 @@ def _agree(round_: Round, phase: str, error: Exception | None) -> None:
             round_.wait(phase, Ok, what=f"all ranks to have {phase} the checkpoint", grace=1.1)
     except RoundFailedError as failed:
         raise _from_rank(failed.failure) from None
-    except DeadlineError as error:
+    except DeadlineError as late:
         if round_.rank == 0:
             # Only the coordinator knows who is missing; without this the others could not say it.
-            round_.fail(error)
+            round_.fail(late)
         raise
 
 

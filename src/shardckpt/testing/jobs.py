@@ -31,7 +31,7 @@ LOAD: Final = LoadOptions()
 
 
 def global_arrays(step: int) -> dict[str, np.ndarray]:
-    """Return the arrays a job holds at a step; another step differs in every array but the empty."""
+    """Return the arrays a job holds at a step; every other step's differ, but the empty one."""
     rng = np.random.default_rng(step)
     return {
         "layer.bias": rng.standard_normal(70).astype(np.float32),
