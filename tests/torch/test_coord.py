@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING
 import pytest
 import torch.distributed as dist
 
-from shardckpt.coord.single import SingleCoord
 from shardckpt.coord.base import wait_for
+from shardckpt.coord.single import SingleCoord
 from shardckpt.errors import DeadlineError
 from shardckpt.torch.coord import PART_BYTES, C10dCoord, default_coord
 
