@@ -147,8 +147,8 @@ def test_a_step_saved_again_replaces_the_one_before(tmp_path: Path) -> None:
     assert [entry.step for entry in newest.live] == [2, 3]
     assert newest.latest is not None
     assert newest.latest.attempt != before.attempt
-    assert not (place / before.attempt).exists()
     assert job.close() == [None] * 2
+    assert not (place / before.attempt).exists()
 
 
 def test_a_branch_from_an_older_step_abandons_what_followed_for_good(tmp_path: Path) -> None:

@@ -55,6 +55,7 @@ if TYPE_CHECKING:
 
 _logger = logging.getLogger("shardckpt")
 _GRACE: Final = 1.1
+_SWEEP_S: Final = 30.0
 OnBusy = Literal["wait", "skip"]
 
 
@@ -231,7 +232,8 @@ class Saver:
         finally:
             self._last = None
             self._jobs.put(None)
-            self._thread.join(1.0)
+            # The last save's garbage goes after its outcome is known; a slow disk may leave some.
+            self._thread.join(min(_SWEEP_S, self._timeout_s))
             if not self._thread.is_alive():
                 self._arena.release()
 
