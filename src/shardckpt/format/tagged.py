@@ -136,7 +136,9 @@ def decode(
         *(ArithmeticError, AttributeError, LookupError, MemoryError, RecursionError),
         *(TypeError, ValueError),
     ) as error:
-        raise FormatError(f"{what}: malformed {value['$']!r} value: {error}") from error
+        # Only text is shown: the repr of a hostile nesting would not end well.
+        shown = value["$"][:40] if isinstance(value["$"], str) else type(value["$"]).__name__
+        raise FormatError(f"{what}: malformed {shown!r} value: {error}") from error
 
 
 def _encode_dict(value: dict[object, object], inner: Callable[[object, object], Json]) -> Json:
