@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from typing import TYPE_CHECKING
 
+import numpy as np
 import pytest
 
 from shardckpt.catalog.store import Catalog
@@ -269,3 +270,24 @@ def test_skip_on_busy_skips_on_all_ranks_or_none(tmp_path: Path) -> None:
     assert job.save(3) == [True] * 3
     assert job.restored_step() == 3
     assert job.close() == [None] * 3
+
+
+def test_a_sweep_spares_the_save_that_other_ranks_are_already_writing(tmp_path: Path) -> None:
+    """Rank 1 is ahead: its file of step 2 is there while rank 0 still sweeps after step 1."""
+    place = tmp_path / "store"
+    gate, written = _Gate(), threading.Event()
+    sweep = Fault(gate, op="names", path=str(place))
+    ahead = Fault(lambda _: written.set(), op="fsync_dir", path="*/step-*2.*", when="after")
+    job = ThreadJob([_storage(place, sweep), _storage(place, ahead)])
+    assert job.save(1) == [True] * 2
+    assert gate.reached.wait(_WAIT_S)
+    # A new structure is planned at once, not after the sweep.
+    handles = raised(
+        job.each(lambda core, rank: core.save(2, state_at(2, rank, 2) | {"new": np.ones(3)}))
+    )
+    assert written.wait(_WAIT_S)
+    gate.open.set()
+    assert [handle.wait() for handle in handles] == [True] * 2
+    assert job.close() == [None] * 2
+    assert [e.step for e in Catalog(_storage(place), writer="test").newest().live] == [1, 2]
+    _assert_verifies(place)
