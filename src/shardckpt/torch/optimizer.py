@@ -16,14 +16,14 @@ from shardckpt.errors import StateMismatchError, UnsupportedStateError
 from shardckpt.format.tagged import decode, encode
 from shardckpt.torch import private
 from shardckpt.torch.copies import check_fillable
-from shardckpt.torch.dtypes import torch_dtype
+from shardckpt.torch.created import created_state, empty
 from shardckpt.torch.leaves import ModuleView, ParamRef
 from shardckpt.torch.values import decode_inline, encode_inline
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping
 
-    from shardckpt.backend import SavedLeaf, SavedState
+    from shardckpt.backend import SavedState
     from shardckpt.state import Leaf
     from shardckpt.torch.shards import Leaves
 
@@ -213,7 +213,7 @@ class OptimizerView:
             for key in sorted(
                 saved_tensors - {k for k, v in fields.items() if isinstance(v, torch.Tensor)}
             ):
-                created = _empty(
+                created = empty(
                     saved.leaves[prefix + key].spec.shape,
                     saved.leaves[prefix + key],
                     "cpu",
@@ -253,7 +253,7 @@ class OptimizerView:
                 check_fillable(private.plain(tensor), key)
             else:
                 row = saved.leaves[saved.aliases.get(key, key)]
-                tensor = _created(key, ref, state_name, row, flags[id(ref.param)], leaves)
+                tensor = created_state(key, ref, state_name, row, flags[id(ref.param)], leaves)
                 plan.created.append((ref.param, state_name, tensor))
             plan.leaves.append(self._state_leaf(key, ref, state_name, tensor, leaves))
         # What the optimizer has and nobody saved is wanted all the same, so that it is reported as
@@ -319,87 +319,6 @@ def _named_params(
                     "after fully_shard or FSDP has replaced the parameters."
                 )
     return merged
-
-
-def _created(
-    key: str,
-    ref: ParamRef,
-    state_name: str,
-    row: SavedLeaf,
-    group: Mapping[str, Any],
-    leaves: Leaves,
-) -> torch.Tensor:
-    """Return memory for state that the optimizer has not made yet, of the kind it makes itself.
-
-    Raises:
-        UnsupportedStateError: It cannot be made here.
-    """
-    param = ref.param.detach()
-    shape = row.spec.shape
-    device = private.plain(param).device
-    if not shape:
-        # As Optimizer.load_state_dict: counters stay on the host unless the kernels want them on
-        # the device.
-        on_host = state_name == "step" and not (group.get("capturable") or group.get("fused"))
-        return _empty((), row, "cpu" if on_host else device, key)
-    dtype = torch_dtype(row.spec.dtype, key)
-    if ref.flat is not None and shape == ref.flat.shape:
-        return torch.empty(ref.flat.local.shape, dtype=dtype, device=ref.flat.local.device)
-    if not leaves.is_dtensor(param):
-        like_param = shape == tuple(param.shape)
-        return (
-            torch.empty_like(param, dtype=dtype) if like_param else _empty(shape, row, device, key)
-        )
-    return _created_dtensor(key, param, row, dtype, leaves)
-
-
-def _created_dtensor(
-    key: str, param: Any, row: SavedLeaf, dtype: torch.dtype, leaves: Leaves
-) -> torch.Tensor:
-    """Return a DTensor of the saved shape, cut as the parameter is where the dims agree."""
-    from torch.distributed.tensor import DTensor, Replicate
-
-    shape, local = row.spec.shape, private.local_tensor(param)
-    if shape == tuple(param.shape):
-        placements, memory = param.placements, torch.empty_like(local, dtype=dtype)
-    else:
-        placements = tuple(
-            p
-            if row.is_sharded and _fits(private.cut_of(p, key).dim, shape, tuple(param.shape))
-            else Replicate()
-            for p in param.placements
-        )
-        box = leaves.local_box(
-            leaves.layout_from(key, param.device_mesh, placements, len(shape)), shape
-        )
-        memory = torch.empty(box.shape if box else (0,), dtype=dtype, device=local.device)
-    strides = (
-        param.stride()
-        if shape == tuple(param.shape)
-        else torch.empty(shape, device="meta").stride()
-    )
-    return DTensor.from_local(
-        memory,
-        param.device_mesh,
-        placements,
-        run_check=False,
-        shape=torch.Size(shape),
-        stride=strides,
-    )
-
-
-def _fits(dim: int | None, shape: tuple[int, ...], param_shape: tuple[int, ...]) -> bool:
-    return (
-        dim is not None
-        and dim < min(len(shape), len(param_shape))
-        and shape[dim] == param_shape[dim]
-    )
-
-
-def _empty(
-    shape: tuple[int, ...], row: SavedLeaf, device: torch.device | str, key: str
-) -> torch.Tensor:
-    return torch.empty(shape, dtype=torch_dtype(row.spec.dtype, key), device=device)
 
 
 def _matching_groups(name: str, wanted: list[list[str]], saved: list[list[str]]) -> list[int]:
