@@ -13,7 +13,9 @@ succeeded.
 
 from __future__ import annotations
 
+import gc
 import logging
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -29,7 +31,7 @@ from shardckpt.load.plan import LoadPlan, Wanted, plan_load
 from shardckpt.load.read import run_load
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Iterator, Mapping, Sequence
 
     from shardckpt.load.open import OpenCheckpoint
     from shardckpt.state import HostArray, Shard
@@ -89,17 +91,18 @@ def load_state(
         PoisonError: Any failure after the first change.
     """
     try:
-        saved, refused = saved_state(checkpoint, round_.rank, round_.world_size, options)
-        targets = backend.targets(state, saved, only=options.only)
-        step, url = checkpoint.manifest.step, checkpoint.storage.url
-        raise_mismatch(
-            step, url,
-            mismatches(
-                saved, targets, strict=options.strict, cast=options.cast, only=options.only,
-                refused_per_rank=refused,
-            ),
-        )  # fmt: skip
-        filling = _Filling(backend, targets, saved, checkpoint, options)
+        with _no_garbage_collection():
+            saved, refused = saved_state(checkpoint, round_.rank, round_.world_size, options)
+            targets = backend.targets(state, saved, only=options.only)
+            step, url = checkpoint.manifest.step, checkpoint.storage.url
+            raise_mismatch(
+                step, url,
+                mismatches(
+                    saved, targets, strict=options.strict, cast=options.cast, only=options.only,
+                    refused_per_rank=refused,
+                ),
+            )  # fmt: skip
+            filling = _Filling(backend, targets, saved, checkpoint, options)
     except Exception as error:
         _agree(round_, "checked", error)
         raise
@@ -108,7 +111,8 @@ def load_state(
         if key in targets.per_rank_keys:
             _logger.warning("%s: saved by another world size; the target's own value is kept", key)
     try:
-        filling.read()
+        with _no_garbage_collection():
+            filling.read()
     except Exception as error:
         _agree_poisoned(round_, "read", error, poisons=not options.transactional)
         raise
@@ -121,6 +125,18 @@ def load_state(
         raise
     _agree_poisoned(round_, "placed", None, poisons=True)
     return LoadStats(filling.plan.read_bytes, filling.plan.needed_bytes)
+
+
+@contextmanager
+def _no_garbage_collection() -> Iterator[None]:
+    """Pause the cycle collector: plans of many arrays are large, acyclic, and all alive."""
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
 
 
 def saved_state(

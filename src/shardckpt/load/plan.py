@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Final
 from shardckpt.errors import CorruptCheckpointError
 from shardckpt.format.shard_file import CHUNK_BYTES
 from shardckpt.format.shares import replica_share
-from shardckpt.geometry.box import Box
 from shardckpt.geometry.flat import ranges_to_boxes
 from shardckpt.geometry.runs import element_runs, element_strides, inner_run, single_run
 
@@ -22,6 +21,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
     from shardckpt.format.manifest import SavedTensor
+    from shardckpt.geometry.box import Box, Shape
     from shardckpt.load.open import OpenCheckpoint, OpenFile, SavedPayload
     from shardckpt.state import HostArray
 
@@ -101,6 +101,27 @@ class LoadPlan:
     needed_bytes: int
 
 
+@dataclass(frozen=True, slots=True)
+class _Met:
+    """One saved shard that a wanted box meets; many arrays of one shape and layout share it.
+
+    Attributes:
+        shard: The saved shard.
+        ranks: Who holds its replicas.
+        inner: The wanted part, in coordinates of the shard.
+        span: First and one past the last element of `inner` in the shard.
+        run: The same where `inner` is one contiguous range, else None.
+        target_run: Where that range starts in a contiguous target, or None where it is cut there.
+    """
+
+    shard: Box
+    ranks: tuple[int, ...]
+    inner: Box
+    span: tuple[int, int]
+    run: tuple[int, int] | None
+    target_run: int | None
+
+
 def plan_load(checkpoint: OpenCheckpoint, wanted: Sequence[Wanted]) -> LoadPlan:
     """Return the reads that fill every wanted box exactly once.
 
@@ -110,37 +131,57 @@ def plan_load(checkpoint: OpenCheckpoint, wanted: Sequence[Wanted]) -> LoadPlan:
     """
     pieces: dict[str, list[Piece]] = {}
     files: dict[str, OpenFile] = {}
+    known: dict[tuple[int, Box, Shape], list[_Met]] = {}
     needed = 0
     for want in wanted:
-        needed += want.box.num_elements * want.tensor.spec.itemsize_bytes
-        for file, piece in _pieces(checkpoint, want):
-            files[file.key] = file
-            pieces.setdefault(file.key, []).append(piece)
+        spec = want.tensor.spec
+        needed += want.box.num_elements * spec.itemsize_bytes
+        case = (id(want.tensor.layout), want.box, spec.shape)
+        if case not in known:
+            known[case] = list(_met(want))
+        for met in known[case]:
+            for file, piece in _pieces(checkpoint, want, met):
+                files[file.key] = file
+                pieces.setdefault(file.key, []).append(piece)
     reads: list[Read] = []
     for key in sorted(pieces):
         reads += _reads(files[key], pieces[key])
     return LoadPlan(tuple(reads), sum(r.stop - r.start for r in reads), needed)
 
 
-def _pieces(checkpoint: OpenCheckpoint, want: Wanted) -> Iterator[tuple[OpenFile, Piece]]:
-    tensor = want.tensor
-    item = tensor.spec.itemsize_bytes
-    for shard, ranks in tensor.layout.shards_touching(want.box, tensor.spec.shape):
+def _met(want: Wanted) -> Iterator[_Met]:
+    """Yield the saved shards that a wanted box meets."""
+    for shard, ranks in want.tensor.layout.shards_touching(want.box, want.tensor.spec.shape):
         common = shard.intersect(want.box)
         if common is None:
-            if shard.shape or want.box.shape:
-                continue
-            common = shard
+            continue
         inner = common.relative_to(shard)
-        first, last = _span(inner, shard.shape)
-        nbytes = shard.num_elements * item
-        for replica, rank in enumerate(ranks):
-            start, stop = replica_share(nbytes, len(ranks), tensor.owner, replica)
-            if max(start, first * item) >= min(stop, last * item):
-                continue
-            for file, payload in _payloads(checkpoint, tensor.key, shard, rank, start, stop):
-                for piece in _chunks(payload, shard, inner, want, item):
-                    yield file, piece
+        run = single_run(inner, shard.shape)
+        target_run = single_run(common.relative_to(want.box), want.box.shape)
+        yield _Met(
+            shard,
+            ranks,
+            inner,
+            _span(inner, shard.shape),
+            run,
+            None if target_run is None else target_run[0],
+        )
+
+
+def _pieces(
+    checkpoint: OpenCheckpoint, want: Wanted, met: _Met
+) -> Iterator[tuple[OpenFile, Piece]]:
+    tensor = want.tensor
+    item = tensor.spec.itemsize_bytes
+    first, last = met.span[0] * item, met.span[1] * item
+    nbytes = met.shard.num_elements * item
+    for replica, rank in enumerate(met.ranks):
+        start, stop = replica_share(nbytes, len(met.ranks), tensor.owner, replica)
+        if max(start, first) >= min(stop, last):
+            continue
+        for file, payload in _payloads(checkpoint, tensor.key, met.shard, rank, start, stop):
+            for piece in _chunks(payload, met, want, item):
+                yield file, piece
 
 
 def _payloads(
@@ -164,13 +205,11 @@ def _payloads(
     return found
 
 
-def _chunks(
-    payload: SavedPayload, shard: Box, inner: Box, want: Wanted, item: int
-) -> Iterator[Piece]:
-    """Yield the chunk-rounded pieces of one payload that hold elements of `inner`."""
-    run = single_run(inner, shard.shape)
+def _chunks(payload: SavedPayload, met: _Met, want: Wanted, item: int) -> Iterator[Piece]:
+    """Yield the chunk-rounded pieces of one payload that hold elements wanted of its shard."""
+    run, inner = met.run, met.inner
     if run is None:
-        for start, stop in _chunk_ranges(payload, shard, inner, item):
+        for start, stop in _chunk_ranges(payload, met.shard, inner, item):
             for cut in range(start, stop, READ_BYTES):
                 yield Piece(payload, cut, min(stop, cut + READ_BYTES), want, inner, 0)
         return
@@ -179,7 +218,10 @@ def _chunks(
     if first >= last:
         return
     start, stop = _round_out(first, last, payload.nbytes)
-    direct = _direct_base(payload, shard, inner, run[0] * item, want, item)
+    if stop - start < _DIRECT_FROM_BYTES:
+        yield Piece(payload, start, stop, want, inner, 0)
+        return
+    direct = _direct_base(payload, met, want, item)
     inside_start = -(-first // CHUNK_BYTES) * CHUNK_BYTES
     inside_stop = last if last == payload.nbytes else last // CHUNK_BYTES * CHUNK_BYTES
     if direct is None or inside_stop - inside_start < _DIRECT_FROM_BYTES:
@@ -194,19 +236,11 @@ def _chunks(
             yield Piece(payload, cut, min(high, cut + READ_BYTES), want, inner, address)
 
 
-def _direct_base(
-    payload: SavedPayload, shard: Box, inner: Box, run_start_bytes: int, want: Wanted, item: int
-) -> int | None:
+def _direct_base(payload: SavedPayload, met: _Met, want: Wanted, item: int) -> int | None:
     """Return where byte 0 of the payload would lie, if the target is as contiguous."""
-    if not want.target.is_contiguous:
+    if met.run is None or met.target_run is None or not want.target.is_contiguous:
         return None
-    outer = Box(
-        tuple(a + b for a, b in zip(inner.offsets, shard.offsets, strict=True)), inner.shape
-    )
-    run = single_run(outer.relative_to(want.box), want.box.shape)
-    if run is None:
-        return None
-    return want.target.address + run[0] * item - run_start_bytes + payload.start
+    return want.target.address + (met.target_run - met.run[0]) * item + payload.start
 
 
 def _chunk_ranges(
@@ -295,6 +329,10 @@ def copy_rows_of(piece: Piece, scratch_address: int) -> Iterator[tuple[int, ...]
     tensor = piece.wanted.tensor
     item = tensor.spec.itemsize_bytes
     shard, want, target = piece.payload.box, piece.wanted.box, piece.wanted.target
+    nbytes = piece.stop - piece.start
+    if nbytes == shard.num_elements * item and want == shard and target.is_contiguous:
+        yield (target.address, scratch_address, 1, 1, nbytes, 1, 1)
+        return
     strides = element_strides(shard.shape)
     base = (piece.payload.start + piece.start) // item
     last = (piece.payload.start + piece.stop) // item
