@@ -446,6 +446,9 @@ class Explorer:
 
     def _without_attempt(self, store_id: int, name: str) -> int:
         store = self._stores[store_id]
+        if (name, "kept") not in store.attempts:
+            # Another collector was here first.
+            return store_id
         check_delete(self.newest(store_id), name)
         kept = [a for a in store.attempts if a[0] != name]
         if self.weak:

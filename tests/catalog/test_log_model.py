@@ -100,7 +100,13 @@ LARGE_SCENARIOS = [
     ),
     Scenario(
         "a power cut, a collector, an operator and a lost reply",
-        (job("A"), rank_of_a(), job("B"), operator_drops(1), collector(1), _LATE),
+        (
+            job("A", saves=2, rank=1, sweeps=True),
+            rank_of_a(),
+            operator_drops(1),
+            collector(1),
+            _LATE,
+        ),
         power_cut=True,
         lost_replies=1,
     ),
