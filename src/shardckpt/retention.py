@@ -16,9 +16,9 @@ if TYPE_CHECKING:
 def to_drop(root: Root, retention: Retention) -> list[str]:
     """Return the attempts that retention lets go, oldest first.
 
-    Pinned steps stay. Of a step saved twice only the newest counts. Abandoned branches go once the
-    current one has `max(2, last)` steps. The log itself keeps two good ones whatever this says
-    (`catalog.log.may_drop`).
+    Pinned steps stay. Of a step saved twice only the newest counts, unless fewer than two would be
+    left. Abandoned branches go once the current one has `max(2, last)` steps. The log itself keeps
+    two good ones whatever this says (`catalog.log.may_drop`).
     """
     newest: dict[int, Entry] = {entry.step: entry for entry in root.current}
     current = [entry for entry in root.current if newest[entry.step] is entry]
@@ -27,6 +27,11 @@ def to_drop(root: Root, retention: Retention) -> list[str]:
         kept |= {entry.attempt for entry in current if entry.step % retention.every == 0}
     if retention.best is not None:
         kept |= _best(current, retention.best)
+    kept |= {entry.attempt for entry in root.current if entry.pinned}
+    for entry in reversed(root.current):
+        if len(kept) >= 2:
+            break
+        kept.add(entry.attempt)
     drop_abandoned = len(current) >= max(2, retention.last)
     return [
         entry.attempt
