@@ -1,7 +1,8 @@
 """SIGKILL at every file operation of a save: what was acknowledged is there, garbage goes.
 
 The ranks are forked, so that their memory dies with them as a real job's does. A killed process
-leaves the page cache behind; what a power cut leaves is the business of tests/powercut.
+leaves the page cache behind, so a power cut is not tried here; the order of flushes that one relies
+on is asserted in tests/storage/test_local_durability.py.
 """
 
 from __future__ import annotations
