@@ -97,6 +97,7 @@ class _Chosen(msgspec.Struct, frozen=True):
     attempt: str
     manifest: str
     step: int
+    ancestry: list[str]
     is_empty: bool
 
 
@@ -237,7 +238,7 @@ class CheckpointerCore:
                 skip.append(chosen.attempt)
                 continue
             self._forget_before(round_)
-            saver.ancestry[:] = self._ancestry(chosen.attempt)
+            saver.ancestry[:] = chosen.ancestry
             self._has_restored = True
             return restored
 
@@ -384,9 +385,6 @@ class CheckpointerCore:
     def _entry(self, attempt: str) -> Entry | None:
         return self._catalog.newest().entry(attempt)
 
-    def _ancestry(self, attempt: str) -> list[str]:
-        return ancestry_of(self._catalog.newest(), attempt)
-
     def _with_alternative(
         self, error: CorruptCheckpointError, skip: list[str]
     ) -> CorruptCheckpointError:
@@ -414,14 +412,17 @@ def choose(catalog: Catalog, step: int | None, skip: list[str]) -> tuple[_Chosen
     while True:
         root = catalog.newest()
         if step is None and not root.live and not root.ever:
-            return _Chosen("", "", -1, is_empty=True), None
+            return _Chosen("", "", -1, [], is_empty=True), None
         visible = msgspec.structs.replace(
             root, live=[e for e in root.live if e.attempt not in skip]
         )
         entry = catalog.find(visible, step)
         lease = catalog.lease(entry.attempt)
         if catalog.newest().entry(entry.attempt) is not None:
-            return _Chosen(entry.attempt, entry.manifest, entry.step, is_empty=False), lease
+            # Of the root that was chosen from: an operator may drop the step while it is read, and the
+            # next commit still descends from its ancestors.
+            line = ancestry_of(root, entry.attempt)
+            return _Chosen(entry.attempt, entry.manifest, entry.step, line, is_empty=False), lease
         if lease is not None:
             lease.release()
 

@@ -291,3 +291,23 @@ def test_a_sweep_spares_the_save_that_other_ranks_are_already_writing(tmp_path: 
     assert job.close() == [None] * 2
     assert [e.step for e in Catalog(_storage(place), writer="test").newest().live] == [1, 2]
     _assert_verifies(place)
+
+
+def test_a_step_dropped_while_it_is_restored_leaves_its_ancestors_on_the_branch(
+    tmp_path: Path,
+) -> None:
+    """The next save descends from what came before the dropped step, and abandons nothing."""
+    place = tmp_path / "store"
+    job = _job(place, options=JobOptions(retention=Retention(last=5)))
+    for step in (1, 2, 3):
+        assert job.save(step) == [True] * 2
+    assert job.close() == [None] * 2
+    job = _job(place, options=JobOptions(retention=Retention(last=5)))
+    assert job.restored_step() == 3
+    operator = Catalog(_storage(place), writer="operator")
+    latest = operator.newest().latest
+    assert latest is not None
+    operator.drop([latest.attempt])
+    assert job.save(4) == [True] * 2
+    assert [entry.step for entry in operator.newest().current] == [1, 2, 4]
+    assert job.close() == [None] * 2
