@@ -13,9 +13,7 @@ succeeded.
 
 from __future__ import annotations
 
-import gc
 import logging
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -29,9 +27,10 @@ from shardckpt.load.cast import Temporary, allocate
 from shardckpt.load.check import is_wanted, mismatches, raise_mismatch, target_names
 from shardckpt.load.plan import LoadPlan, Wanted, plan_load
 from shardckpt.load.read import run_load
+from shardckpt.staging.collector import no_garbage_collection
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping, Sequence
+    from collections.abc import Mapping, Sequence
 
     from shardckpt.load.open import OpenCheckpoint
     from shardckpt.state import HostArray, Shard
@@ -91,7 +90,7 @@ def load_state(
         PoisonError: Any failure after the first change.
     """
     try:
-        with _no_garbage_collection():
+        with no_garbage_collection():
             saved, refused = saved_state(checkpoint, round_.rank, round_.world_size, options)
             targets = backend.targets(state, saved, only=options.only)
             step, url = checkpoint.manifest.step, checkpoint.storage.url
@@ -111,7 +110,7 @@ def load_state(
         if key in targets.per_rank_keys:
             _logger.warning("%s: saved by another world size; the target's own value is kept", key)
     try:
-        with _no_garbage_collection():
+        with no_garbage_collection():
             filling.read()
     except Exception as error:
         _agree_poisoned(round_, "read", error, poisons=not options.transactional)
@@ -125,18 +124,6 @@ def load_state(
         raise
     _agree_poisoned(round_, "placed", None, poisons=True)
     return LoadStats(filling.plan.read_bytes, filling.plan.needed_bytes)
-
-
-@contextmanager
-def _no_garbage_collection() -> Iterator[None]:
-    """Pause the cycle collector: plans of many arrays are large, acyclic, and all alive."""
-    was_enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if was_enabled:
-            gc.enable()
 
 
 def saved_state(

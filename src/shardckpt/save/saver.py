@@ -42,6 +42,7 @@ from shardckpt.save.stage import Staged, stage
 from shardckpt.save.structure import encode_structure, structure_of
 from shardckpt.save.write import AttemptId, write_files
 from shardckpt.staging.arena import Arena
+from shardckpt.staging.collector import no_garbage_collection
 from shardckpt.state import Leaf
 
 if TYPE_CHECKING:
@@ -255,8 +256,9 @@ class Saver:
         handle: SaveHandle,
         started: float,
     ) -> _Job:
-        tree = self._backend.describe(state)
-        data, structure = encode_structure(structure_of(tree))
+        with no_garbage_collection():
+            tree = self._backend.describe(state)
+            data, structure = encode_structure(structure_of(tree))
         answer: Answer | None = None
         is_new = structure != self._structure or self._rank_plan is None
         if is_new:
@@ -268,9 +270,10 @@ class Saver:
             self._rank_plan = rank_plan(plan, tree.leaves, round_.rank)
             self._structure, self._plan_digest = structure, answer.plan
         assert self._rank_plan is not None
-        staged = stage(self._rank_plan, tree.leaves, self._backend.host_array, self._arena)
-        # The job keeps specs and boxes for the table, not the caller's memory.
-        leaves = tuple(_without_data(leaf) for leaf in tree.leaves)
+        with no_garbage_collection():
+            staged = stage(self._rank_plan, tree.leaves, self._backend.host_array, self._arena)
+            # The job keeps specs and boxes for the table, not the caller's memory.
+            leaves = tuple(_without_data(leaf) for leaf in tree.leaves)
         return _Job(
             round_, handle, structure, self._rank_plan, self._plan_digest, leaves, staged,
             {key: _raw(value) for key, value in tree.objects.items()},
