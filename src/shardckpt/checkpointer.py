@@ -419,8 +419,8 @@ def choose(catalog: Catalog, step: int | None, skip: list[str]) -> tuple[_Chosen
         entry = catalog.find(visible, step)
         lease = catalog.lease(entry.attempt)
         if catalog.newest().entry(entry.attempt) is not None:
-            # Of the root that was chosen from: an operator may drop the step while it is read, and the
-            # next commit still descends from its ancestors.
+            # Of the root that was chosen from: an operator may drop the step while it is read, and
+            # the next commit still descends from its ancestors.
             line = ancestry_of(root, entry.attempt)
             return _Chosen(entry.attempt, entry.manifest, entry.step, line, is_empty=False), lease
         if lease is not None:
