@@ -19,8 +19,9 @@ from pathlib import Path
 from time import perf_counter
 from typing import TYPE_CHECKING, Any, Final
 
-import shardckpt
 import torch
+
+import shardckpt
 from shardckpt import native
 
 if TYPE_CHECKING:

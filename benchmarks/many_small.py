@@ -14,17 +14,17 @@ import sys
 from collections import defaultdict
 from typing import TYPE_CHECKING, Any, Final
 
+import torch
 from harness import Report, arguments, join_gloo, say, scratch, spread, together
+from torch import distributed
 from torch.distributed import checkpoint as dcp
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.placement_types import Shard
 
-import torch
 from shardckpt.options import Retention
 from shardckpt.testing.ranks import RankContext, run_ranks
 from shardckpt.torch import Checkpointer, load
-from torch import distributed
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -12,6 +12,7 @@ needs, and is only told. Small tensors are told apart, because reads are rounded
 from __future__ import annotations
 
 import datetime
+import itertools
 import statistics
 import sys
 import time
@@ -19,16 +20,17 @@ from collections import defaultdict
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
-from harness import MIB, Report, arguments, scratch, table
+import torch
+from harness import MIB, Report, arguments, say, scratch, table
+from torch import distributed
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.placement_types import Replicate, Shard, _StridedShard
 
-import torch
+import shardckpt.torch
 from shardckpt.testing.ranks import RankContext, run_ranks
 from shardckpt.torch import Checkpointer, load
 from shardckpt.torch.coord import C10dCoord
-from torch import distributed
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -39,6 +41,7 @@ TIMEOUT_S: Final = 120.0
 MOST_READ: Final = 1.05
 BIG_BYTES: Final = 4 * MIB
 GROUPS: Final = ("big/column", "big/row", "small/column", "small/row")
+SIZES: Final = ("big", "small")
 BIG_SHAPE: Final = (1536, 1000)
 SMALL_SHAPE: Final = (514, 260)
 
@@ -66,6 +69,10 @@ class Job:
     def cuts_columns(self, group: str) -> bool:
         """Return whether tensors of this group are cut along their last dim."""
         return self.layout == "tp+fsdp2" and group.endswith("row")
+
+    def loads(self) -> tuple[str, ...]:
+        """Return the parts to load one by one: what this layout cuts alike is loaded together."""
+        return GROUPS if self.layout == "tp+fsdp2" else SIZES
 
     def placements(self, group: str) -> tuple[Any, ...] | None:
         """Return torch's placements, or None for plain tensors."""
@@ -137,14 +144,14 @@ class Pool:
         distributed.barrier()
 
     def load(self, saved: Job, job: Job) -> dict[str, tuple[float, int, int]]:
-        """Load group by group, compare, and return seconds, bytes read and bytes needed of each.
+        """Load part by part, compare, and return seconds, bytes read and bytes needed of each.
 
         Raises:
             AssertionError: A value differs.
         """
         found: dict[str, tuple[float, int, int]] = {}
         state = self._state(job, filled=False) if self._rank < job.num_ranks else {}
-        for group in GROUPS:
+        for group in job.loads():
             distributed.barrier()
             started = time.perf_counter()
             if state:
@@ -167,6 +174,10 @@ class Pool:
         return found
 
     def _coord(self, name: str, job: Job) -> C10dCoord:
+        # Checkpointers are numbered by the order in which a process opens them, which must be the
+        # same on all ranks of a job. Ranks of this pool have been in different jobs; the prefix is
+        # new each time, so the numbers may start again.
+        shardckpt.torch._opened = itertools.count()
         store = distributed.PrefixStore(name, self._store)
         return C10dCoord(store, self._rank, job.num_ranks, timeout_s=TIMEOUT_S)
 
@@ -212,7 +223,10 @@ def measure(told: RankContext, place: Path, nbytes: int) -> list[dict[str, Any]]
     pool = Pool(told, place, nbytes)
     for job in JOBS:
         pool.save(job)
-    found = [pool.load(saved, job) for saved in JOBS for job in JOBS]
+    found: list[dict[str, Any]] = []
+    for saved in JOBS:
+        found += [pool.load(saved, job) for job in JOBS]
+        say(f"loaded {saved.name} {len(JOBS)} times")
     distributed.barrier()
     distributed.destroy_process_group()
     return found
@@ -226,13 +240,14 @@ def judge(report: Report, results: list[Any]) -> None:
     pairs = [(saved, job) for saved in JOBS for job in JOBS]
     for i, (saved, job) in enumerate(pairs):
         ranks = [result[i] for result in results if result[i]]
-        seconds[saved, job] = sum(max(rank[group][0] for rank in ranks) for group in GROUPS)
+        seconds[saved, job] = sum(max(rank[part][0] for rank in ranks) for part in job.loads())
         row = [saved.name, job.name]
-        for group in GROUPS:
+        for group in job.loads():
             ratio = sum(rank[group][1] for rank in ranks) / sum(rank[group][2] for rank in ranks)
             stays = saved.cuts_columns(group) or not job.cuts_columns(group)
             ratios[f"{group.partition('/')[0]}_{'stays' if stays else 'changes'}"].append(ratio)
-            row.append(f"{ratio:.3f}{'' if stays else ' *'}")
+            text = f"{ratio:.3f}{'' if stays else ' *'}"
+            row += [text] if job.loads() is GROUPS else [text, text]
         rows.append(row)
     slower = {pair: s / seconds[pair[1], pair[1]] for pair, s in seconds.items()}
     for row, pair in zip(rows, pairs, strict=True):

@@ -18,6 +18,7 @@ import time
 from collections import defaultdict
 from typing import TYPE_CHECKING, Any, Final
 
+import torch
 from harness import (
     GIB,
     MIB,
@@ -30,17 +31,16 @@ from harness import (
     spread,
     together,
 )
+from torch import distributed, nn
 from torch.distributed import checkpoint as dcp
 from torch.distributed.checkpoint.state_dict import get_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
-import torch
 from shardckpt.options import Retention
 from shardckpt.testing.ranks import RankContext, run_ranks
 from shardckpt.torch import Checkpointer, load
-from torch import distributed, nn
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -267,6 +267,10 @@ def process_group() -> Iterator[torch.device]:
         dist.init_process_group(backend, store=store, rank=0, world_size=1)
     try:
         yield device
+        # A gloo thread may still hold the tensor of the last all-reduce and need Python's lock to
+        # let it go; if Python ends first, the process aborts. A barrier holds no tensor, and
+        # waiting for it hands the lock over. After an error the others may be gone: no barrier.
+        dist.barrier()
     finally:
         dist.destroy_process_group()
 

@@ -13,17 +13,17 @@ import sys
 from pathlib import Path
 from typing import Literal, cast
 
+import torch
 import torch.distributed as dist
+from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
-import torch
 from shardckpt.options import Retention
 from shardckpt.storage.local import LocalStorage
 from shardckpt.testing.faults import Call, Fault, FaultyFileOps
 from shardckpt.torch import Checkpointer
-from torch import nn
 
 
 class Trigger:

@@ -6,8 +6,9 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import shardckpt
 import torch
+
+import shardckpt
 from shardckpt.cli.main import run
 
 if TYPE_CHECKING:

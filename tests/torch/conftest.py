@@ -6,8 +6,8 @@ import itertools
 from typing import TYPE_CHECKING, Any
 
 import pytest
-
 import torch
+
 from shardckpt.torch import Checkpointer, Restored
 
 if TYPE_CHECKING:

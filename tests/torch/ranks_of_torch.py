@@ -7,15 +7,15 @@ import itertools
 from typing import TYPE_CHECKING, Any
 from unittest import mock
 
+import torch
 import torch.distributed as dist
+from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
-import torch
 from shardckpt.torch import Checkpointer, RngState
-from torch import nn
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -7,9 +7,11 @@ import math
 from typing import TYPE_CHECKING, Any
 
 import pytest
+import torch
 import torch.distributed as dist
 from hypothesis import given
 from hypothesis import strategies as st
+from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel, ShardingStrategy, fully_shard
 from torch.distributed.tensor import (
@@ -23,7 +25,6 @@ from torch.distributed.tensor.debug import CommDebugMode
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from torch.distributed.tensor.placement_types import _StridedShard
 
-import torch
 from shardckpt.backend import SavedLeaf, SavedState
 from shardckpt.errors import UnsupportedStateError
 from shardckpt.geometry.layout import MeshLayout
@@ -32,7 +33,6 @@ from shardckpt.torch.backend import TorchBackend
 from shardckpt.torch.copies import host_array
 from shardckpt.torch.private import Cut
 from shardckpt.torch.shards import cut_order
-from torch import nn
 
 if TYPE_CHECKING:
     from shardckpt.state import Leaf

@@ -6,12 +6,12 @@ import io
 from typing import TYPE_CHECKING, Any
 
 import pytest
+import torch
+from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 
-import torch
 from shardckpt.errors import StateMismatchError, UnsupportedStateError
 from shardckpt.torch.backend import TorchBackend
-from torch import nn
 
 if TYPE_CHECKING:
     from collections.abc import Callable

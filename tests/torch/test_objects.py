@@ -10,14 +10,14 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
+import torch
+from torch import nn, optim
 from torchdata.stateful_dataloader import StatefulDataLoader
 
-import torch
 from shardckpt import PerRank
 from shardckpt.errors import StateMismatchError, UnsupportedStateError
 from shardckpt.torch import RngState
 from shardckpt.torch.backend import TorchBackend
-from torch import nn, optim
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -5,11 +5,11 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import pytest
-
 import torch
+from torch import nn, optim
+
 from shardckpt.errors import StateMismatchError, UnsupportedStateError
 from shardckpt.torch.backend import TorchBackend
-from torch import nn, optim
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -5,16 +5,16 @@ from __future__ import annotations
 import inspect
 
 import pytest
+import torch
+from torch import nn
 from torch.distributed import distributed_c10d
 from torch.distributed.fsdp import FullyShardedDataParallel, _flat_param
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.placement_types import Partial, Replicate, Shard, _StridedShard
 
-import torch
 from shardckpt.errors import UnsupportedStateError
 from shardckpt.torch import private
 from shardckpt.torch.dtypes import DTYPE_NAME, TORCH_DTYPE
-from torch import nn
 
 
 def test_placements_as_plain_data() -> None:

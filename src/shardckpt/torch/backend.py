@@ -10,6 +10,8 @@ from dataclasses import dataclass, field, replace
 from typing import Any, final
 
 import torch
+from torch import nn
+
 from shardckpt.backend import SavedState, Targets
 from shardckpt.errors import UnsupportedStateError
 from shardckpt.format.tagged import MAX_DEPTH, decode, encode
@@ -31,7 +33,6 @@ from shardckpt.torch.objects import (
 from shardckpt.torch.optimizer import OptimizerPlan, OptimizerView
 from shardckpt.torch.shards import Leaves
 from shardckpt.torch.values import decode_inline, encode_inline
-from torch import nn
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,6 +15,7 @@ from queue import SimpleQueue
 from typing import TYPE_CHECKING, Any, Final, Generic, TypeVar, final
 
 import torch
+
 from shardckpt.coord.single import SingleCoord
 from shardckpt.errors import DeadlineError
 from shardckpt.torch import private

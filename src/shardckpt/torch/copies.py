@@ -7,6 +7,7 @@ copy. No numpy, so every dtype passes.
 from __future__ import annotations
 
 import torch
+
 from shardckpt.errors import UnsupportedStateError
 from shardckpt.state import HostArray
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import torch
+
 from shardckpt.torch import private
 from shardckpt.torch.dtypes import torch_dtype
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import Final
 
 import torch
+
 from shardckpt.errors import UnsupportedStateError
 from shardckpt.geometry.dtypes import ITEMSIZE_BYTES
 

@@ -11,11 +11,12 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, final
 
 import torch
+from torch import nn
+
 from shardckpt.errors import StateMismatchError, UnsupportedStateError
 from shardckpt.torch import private
 from shardckpt.torch.copies import check_fillable
 from shardckpt.torch.private import EXTRA_STATE, WRAPPER_PARTS, FlatPart
-from torch import nn
 
 if TYPE_CHECKING:
     from collections.abc import Iterable

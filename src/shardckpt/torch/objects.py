@@ -14,8 +14,8 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, Final, Protocol, final, runtime_checkable
 
 import numpy as np
-
 import torch
+
 from shardckpt.errors import FormatError, StateMismatchError, UnsupportedStateError
 from shardckpt.format.tagged import decode, encode
 from shardckpt.options import PER_RANK_RULES, PerRankRule

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Final, final
 
 import torch
+
 from shardckpt.errors import StateMismatchError, UnsupportedStateError
 from shardckpt.format.tagged import decode, encode
 from shardckpt.torch import private

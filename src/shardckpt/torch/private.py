@@ -12,8 +12,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
 import torch
-from shardckpt.errors import UnsupportedStateError
 from torch import nn
+
+from shardckpt.errors import UnsupportedStateError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final, final
 
 import torch
+
 from shardckpt.errors import UnsupportedStateError
 from shardckpt.geometry.array_spec import ArraySpec
 from shardckpt.geometry.box import Box, Shape, whole

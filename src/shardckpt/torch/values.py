@@ -12,6 +12,7 @@ import math
 from typing import TYPE_CHECKING, Any, Final
 
 import torch
+
 from shardckpt.errors import FormatError, UnsupportedStateError
 from shardckpt.geometry.dtypes import itemsize_bytes
 from shardckpt.torch import private
