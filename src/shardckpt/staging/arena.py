@@ -37,7 +37,8 @@ class Arena:
         if nbytes > self._nbytes:
             size = -(-nbytes // _ALIGN_BYTES) * _ALIGN_BYTES
             try:
-                fresh = mmap.mmap(-1, size)
+                # Private, because shared memory gets no huge pages on most machines.
+                fresh = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
             except OSError as error:
                 raise MemoryError(f"no room for {size} bytes of staging memory: {error}") from error
             for advice in (mmap.MADV_HUGEPAGE, mmap.MADV_DONTFORK, _MADV_POPULATE_WRITE):
