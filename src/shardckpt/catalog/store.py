@@ -69,6 +69,7 @@ class Catalog:
         """
         self._storage = storage
         self._name = writer
+        self.last_proposed = ""
         self._nonce = nonce
         self._monotonic = monotonic
         self._lease_ttl_s = lease_ttl_s
@@ -147,6 +148,7 @@ class Catalog:
         Raises:
             StorageError: The log cannot be read or written.
         """
+        self.last_proposed = entry.attempt
         return self._run(log.commit(writer, entry, ancestry, to_drop, self._gone, self._nonce))
 
     def abort(self, writer: log.Writer, attempt: str) -> tuple[log.Verdict, Root]:

@@ -154,6 +154,7 @@ class Saver:
         self._last: SaveHandle | None = None
         self._fenced: str | None = None
         self._before: Round | None = None
+        self._doomed: list[str] = []
         self.ancestry: list[str] = []
         self._jobs: SimpleQueue[_Job | None] = SimpleQueue()
         self._thread = threading.Thread(target=self._serve, name="shardckpt-saver", daemon=True)
@@ -408,6 +409,11 @@ class Saver:
         try:
             verdict, root = self._catalog.abort(self._writer, attempt)
         except (StorageError, ShardckptError, FileNotFoundError) as lost:
+            if self._is_coordinator and self._catalog.last_proposed != attempt:
+                # Nobody else commits, and this rank never proposed it: a full disk that has no
+                # room for the abort root either leaves no doubt.
+                self._doomed.append(attempt)
+                return Outcome(committed=False, kind=kind, message=message)
             return Outcome(
                 committed=False,
                 kind=OutcomeUnknownError.__name__,
@@ -429,6 +435,9 @@ class Saver:
         if not self._is_coordinator:
             return
         try:
+            while self._doomed:
+                self._catalog.abort(self._writer, self._doomed[-1])
+                self._doomed.pop()
             gone = self._catalog.sweep()
         except (ShardckptError, FileNotFoundError) as error:
             _logger.warning("garbage stays until the next save: %s", error)
