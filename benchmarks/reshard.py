@@ -259,6 +259,12 @@ def judge(report: Report, results: list[Any]) -> None:
         max(ratios["big_stays"]), at_most=MOST_READ,
     )  # fmt: skip
     report.add(
+        "read_per_needed_of_tensors_from_4_mib_median", statistics.median(ratios["big_stays"])
+    )
+    report.facts["loads over the bound, of tensors from 4 MiB"] = (
+        f"{sum(ratio > MOST_READ for ratio in ratios['big_stays'])} of {len(ratios['big_stays'])}"
+    )
+    report.add(
         "read_per_needed_of_tensors_below_4_mib_median", statistics.median(ratios["small_stays"])
     )
     report.add("read_per_needed_of_tensors_below_4_mib_worst", max(ratios["small_stays"]))
