@@ -121,10 +121,10 @@ class Pool:
         torch.set_num_threads(1)
         self._rank = told.rank
         self._place = place
-        self._store = distributed.TCPStore(
-            "127.0.0.1", told.port, told.world_size, is_master=told.rank == 0,
-            timeout=datetime.timedelta(seconds=TIMEOUT_S),
-        )  # fmt: skip
+        # Not a TCPStore: each of its connections asks the name server for the name of its peer,
+        # which on some machines takes seconds now and then, and every load opens one.
+        self._store = distributed.FileStore(str(told.directory / "store"), -1)
+        self._store.set_timeout(datetime.timedelta(seconds=TIMEOUT_S))
         distributed.init_process_group(
             "gloo", store=distributed.PrefixStore("pool", self._store),
             rank=told.rank, world_size=told.world_size,
