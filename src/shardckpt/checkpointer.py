@@ -10,13 +10,7 @@ rank opens exactly that; the lease ends when all have read. Saving: see `save.sa
 
 from __future__ import annotations
 
-import getpass
 import logging
-import os
-import platform
-import socket
-import subprocess
-import threading
 import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
@@ -24,7 +18,7 @@ from typing import TYPE_CHECKING, Any, Final
 import msgspec
 
 from shardckpt.catalog.log import Writer
-from shardckpt.catalog.store import LEASE_TTL_S, Catalog, Lease
+from shardckpt.catalog.store import Catalog, Lease
 from shardckpt.coord.session import Round, RoundFailedError
 from shardckpt.errors import (
     CorruptCheckpointError,
@@ -34,6 +28,7 @@ from shardckpt.errors import (
     error_named,
 )
 from shardckpt.format.tagged import decode, encode
+from shardckpt.load.choose import Chosen, Renewing, agree_on_step
 from shardckpt.load.loader import (
     LoadOptions,
     LoadStats,
@@ -42,6 +37,7 @@ from shardckpt.load.loader import (
     load_state,
 )
 from shardckpt.load.open import OpenCheckpoint
+from shardckpt.provenance import writer_name
 from shardckpt.retention import to_drop
 from shardckpt.save.commit import Described
 from shardckpt.save.saver import OnBusy, SaveHandle, Saver
@@ -49,11 +45,10 @@ from shardckpt.schedule import Schedule
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
-    from types import TracebackType
 
     from shardckpt.backend import Backend
     from shardckpt.coord.base import Coord
-    from shardckpt.format.root import Entry, Root
+    from shardckpt.format.root import Entry
     from shardckpt.options import Every, Retention
     from shardckpt.storage.base import Storage
 
@@ -91,14 +86,6 @@ class _Opened(msgspec.Struct, frozen=True):
     owner: str
     name: str
     store_id: str
-
-
-class _Chosen(msgspec.Struct, frozen=True):
-    attempt: str
-    manifest: str
-    step: int
-    ancestry: list[str]
-    is_empty: bool
 
 
 class CheckpointerCore:
@@ -150,7 +137,7 @@ class CheckpointerCore:
         self._poison: str | None = None
         self._restores = 0
         self._before: Round | None = None
-        self._catalog = Catalog(storage, writer=_writer_name())
+        self._catalog = Catalog(storage, writer=writer_name())
         self._namespace = namespace
         opened = self._open()
         self._writer = Writer(opened.epoch, opened.owner, opened.name)
@@ -168,7 +155,7 @@ class CheckpointerCore:
             retention),
         )  # fmt: skip
         self._schedule = Schedule(save_every, coord, prefix=prefix, timeout_s=timeout_s)
-        self._has_restored = False
+        self._unrestored = self._unrestored_steps() if coord.rank == 0 else []
 
     def should_save(self, step: int) -> bool:
         """Return whether to save at this step; the same on all ranks."""
@@ -199,6 +186,14 @@ class CheckpointerCore:
                 "so the state is a "
                 "mixture. Restore again, or start from fresh objects."
             )
+        if self._unrestored:
+            _logger.warning(
+                "%s holds steps %s, and none was restored: this save starts a new branch, and "
+                "retention will drop them. Call restore() first to go on from them.",
+                self._storage.url,
+                self._unrestored[-8:],
+            )
+            self._unrestored = []
         self._schedule.saved()
         return saver.save(step, state, figures)
 
@@ -225,7 +220,7 @@ class CheckpointerCore:
             round_ = self._round("restore", self._restores)
             self._restores += 1
             try:
-                chosen, lease = self._choose(round_, step, skip)
+                chosen, lease = agree_on_step(round_, self._catalog, step, skip, call="restore()")
                 if chosen.is_empty:
                     return None
                 restored = self._load(round_, chosen, lease, state, options)
@@ -239,7 +234,7 @@ class CheckpointerCore:
                 continue
             self._forget_before(round_)
             saver.ancestry[:] = chosen.ancestry
-            self._has_restored = True
+            self._unrestored = []
             return restored
 
     def steps(self) -> list[int]:
@@ -296,6 +291,9 @@ class CheckpointerCore:
                 "while leaving after %s: %s", type(error).__name__, failure
             )
 
+    def _unrestored_steps(self) -> list[int]:
+        return [entry.step for entry in self._catalog.newest().current]
+
     def _open_saver(self) -> Saver:
         if self._saver is None:
             raise ValueError("this checkpointer is closed")
@@ -330,45 +328,17 @@ class CheckpointerCore:
             raise
         return opened
 
-    def _choose(
-        self, round_: Round, step: int | None, skip: list[str]
-    ) -> tuple[_Chosen, Lease | None]:
-        try:
-            if self._coord.rank != 0:
-                chosen = round_.wait(
-                    "chosen", _Chosen, what="the coordinator's call of restore()", grace=_GRACE
-                )
-                return chosen, None
-            chosen, lease = choose(self._catalog, step, skip)
-            round_.publish("chosen", chosen)
-        except RoundFailedError as failed:
-            raise error_named(failed.failure.kind, f"rank 0: {failed.failure.message}") from None
-        except Exception as error:
-            round_.fail(error)
-            raise
-        return chosen, lease
-
     def _load(
-        self, round_: Round, chosen: _Chosen, lease: Lease | None, state: Any, options: LoadOptions
+        self, round_: Round, chosen: Chosen, lease: Lease | None, state: Any, options: LoadOptions
     ) -> Restored:
         started = time.monotonic()
-        checkpoint: OpenCheckpoint | None = None
-        with _Renewing(lease):
-            try:
-                try:
-                    checkpoint = OpenCheckpoint(self._storage, chosen.attempt, chosen.manifest)
-                except Exception as error:
-                    round_.fail(error)
-                    raise
-                stats = load_state(self._backend, state, checkpoint, round_, options)
-            except PoisonError as failed:
-                self._poison = str(failed.error)
-                if isinstance(failed.error, ShardckptError):
-                    raise failed.error from None
-                raise
-            finally:
-                if checkpoint is not None:
-                    checkpoint.close()
+        try:
+            checkpoint, stats = _read(
+                self._backend, self._storage, state, chosen, lease, round_, options
+            )
+        except PoisonError as failed:
+            self._poison = str(failed.error)
+            raise failed.error from None
         self._poison = None
         entry = self._entry(chosen.attempt)
         restored = restored_from(checkpoint, entry, state, stats, self._environment, self._config)
@@ -403,30 +373,6 @@ class CheckpointerCore:
         return CorruptCheckpointError(str(error) + hint)
 
 
-def choose(catalog: Catalog, step: int | None, skip: list[str]) -> tuple[_Chosen, Lease | None]:
-    """Choose an entry, lease it, and see that it is still live.
-
-    Raises:
-        StepNotFoundError: There is none, though there was one.
-    """
-    while True:
-        root = catalog.newest()
-        if step is None and not root.live and not root.ever:
-            return _Chosen("", "", -1, [], is_empty=True), None
-        visible = msgspec.structs.replace(
-            root, live=[e for e in root.live if e.attempt not in skip]
-        )
-        entry = catalog.find(visible, step)
-        lease = catalog.lease(entry.attempt)
-        if catalog.newest().entry(entry.attempt) is not None:
-            # Of the root that was chosen from: an operator may drop the step while it is read, and
-            # the next commit still descends from its ancestors.
-            line = ancestry_of(root, entry.attempt)
-            return _Chosen(entry.attempt, entry.manifest, entry.step, line, is_empty=False), lease
-        if lease is not None:
-            lease.release()
-
-
 def restored_from(
     checkpoint: OpenCheckpoint,
     entry: Entry | None,
@@ -455,16 +401,6 @@ def restored_from(
     )
 
 
-def ancestry_of(root: Root, attempt: str) -> list[str]:
-    """Return the live ancestors of an attempt and itself, oldest first."""
-    parents = {e.attempt: e.parent for e in root.live}
-    line: list[str] = []
-    while attempt and attempt not in line:
-        line.append(attempt)
-        attempt = parents.get(attempt, "")
-    return line[::-1]
-
-
 def load_once(
     storage: Storage,
     backend: Backend,
@@ -485,93 +421,36 @@ def load_once(
         StateMismatchError: It does not fit; nothing was changed.
         CorruptCheckpointError: It is damaged.
     """
-    catalog = Catalog(storage, writer=_writer_name())
+    catalog = Catalog(storage, writer=writer_name())
     round_ = Round(coord, namespace, f"loading {storage.url}", timeout_s)
-    lease: Lease | None = None
+    chosen, lease = agree_on_step(round_, catalog, step, [], call="load()")
+    if chosen.is_empty:
+        raise StepNotFoundError(f"{storage.url}: nothing is committed yet")
     try:
-        if coord.rank == 0:
-            chosen, lease = choose(catalog, step, [])
-            if chosen.is_empty:
-                raise StepNotFoundError(  # noqa: TRY301 - told to all ranks below.
-                    f"{storage.url}: nothing is committed yet"
-                )
-            round_.publish("chosen", chosen)
-        else:
-            chosen = round_.wait(
-                "chosen", _Chosen, what="the coordinator's call of load()", grace=_GRACE
-            )
-    except RoundFailedError as failed:
-        raise error_named(failed.failure.kind, f"rank 0: {failed.failure.message}") from None
-    except Exception as error:
-        round_.fail(error)
-        raise
-    with _Renewing(lease):
-        checkpoint = OpenCheckpoint(storage, chosen.attempt, chosen.manifest)
-        try:
-            stats = load_state(backend, state, checkpoint, round_, options)
-        except PoisonError as failed:
-            raise failed.error from None
-        finally:
-            checkpoint.close()
+        checkpoint, stats = _read(backend, storage, state, chosen, lease, round_, options)
+    except PoisonError as failed:
+        raise failed.error from None
     entry = catalog.newest().entry(chosen.attempt)
     return restored_from(checkpoint, entry, state, stats, environment, None)
 
 
-def environment_facts(versions: Mapping[str, str], world_size: int) -> dict[str, str]:
-    """Return what explains a saved state later: versions, world size, git commit."""
-    facts = {"python": platform.python_version(), "world_size": str(world_size), **versions}
-    commit = _git_commit()
-    if commit:
-        facts["git_commit"] = commit
-    return facts
-
-
-class _Renewing:
-    """Renews a lease in a thread while the block runs, and releases it."""
-
-    def __init__(self, lease: Lease | None) -> None:
-        self._lease = lease
-        self._done = threading.Event()
-        self._thread: threading.Thread | None = None
-
-    def __enter__(self) -> None:
-        if self._lease is not None:
-            self._thread = threading.Thread(target=self._run, name="shardckpt-lease", daemon=True)
-            self._thread.start()
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self._done.set()
-        if self._thread is not None and self._lease is not None:
-            self._thread.join()
-            self._lease.release()
-
-    def _run(self) -> None:
-        assert self._lease is not None
-        while not self._done.wait(LEASE_TTL_S / 4):
-            try:
-                self._lease.renew()
-            except ShardckptError as error:
-                _logger.warning("the reader's lease could not be renewed: %s", error)
-
-
-def _writer_name() -> str:
-    try:
-        user = getpass.getuser()
-    except (KeyError, OSError):
-        user = str(os.getuid())
-    return f"{user}@{socket.gethostname()} (pid {os.getpid()})"
-
-
-def _git_commit() -> str:
-    try:
-        done = subprocess.run(
-            ["git", "rev-parse", "HEAD"], capture_output=True, text=True, timeout=2.0, check=False
-        )
-    except (OSError, subprocess.TimeoutExpired):
-        return ""
-    return done.stdout.strip() if done.returncode == 0 else ""
+def _read(
+    backend: Backend,
+    storage: Storage,
+    state: Any,
+    chosen: Chosen,
+    lease: Lease | None,
+    round_: Round,
+    options: LoadOptions,
+) -> tuple[OpenCheckpoint, LoadStats]:
+    """Open what was chosen and fill the state under its lease; the files are closed on return."""
+    with Renewing(lease):
+        try:
+            checkpoint = OpenCheckpoint(storage, chosen.attempt, chosen.manifest)
+        except Exception as error:
+            round_.fail(error)
+            raise
+        try:
+            return checkpoint, load_state(backend, state, checkpoint, round_, options)
+        finally:
+            checkpoint.close()

@@ -1,8 +1,9 @@
 """When to save, decided alike on every rank.
 
 Layer: schedule (with retention). A rule by steps is pure arithmetic. A rule by seconds is decided
-by the coordinator one window of steps ahead: when it enters a window it announces whether the next
-one begins with a save, so a rank only ever waits for a message that was sent a window ago.
+by the coordinator one window of calls ahead: when it enters a window it announces whether the next
+one begins with a save, so a rank only ever waits for a message that was sent a window ago. Windows
+count calls, not steps, so a program may ask at whichever steps it likes.
 """
 
 from __future__ import annotations
@@ -19,7 +20,8 @@ if TYPE_CHECKING:
 
     from shardckpt.options import Every
 
-WINDOW_STEPS: Final = 4
+WINDOW_CALLS: Final = 4
+_KEPT_WINDOWS: Final = 64
 
 
 class _Due(msgspec.Struct, frozen=True):
@@ -27,7 +29,7 @@ class _Due(msgspec.Struct, frozen=True):
 
 
 class Schedule:
-    """Answers `should_save`; called once per step, ascending, on every rank."""
+    """Answers `should_save`; called alike on every rank."""
 
     def __init__(
         self,
@@ -53,8 +55,7 @@ class Schedule:
         self._timeout_s = timeout_s
         self._monotonic = monotonic
         self._saved_at = monotonic()
-        self._window: int | None = None
-        self._is_due = False
+        self._calls = 0
 
     def saved(self) -> None:
         """Note that a save has begun."""
@@ -70,28 +71,28 @@ class Schedule:
         if rule is None:
             return False
         by_steps = rule.steps is not None and step > 0 and step % rule.steps == 0
-        return self._by_seconds(step, rule.s) or by_steps if rule.s is not None else by_steps
+        by_seconds = rule.s is not None and self._by_seconds(rule.s)
+        return by_steps or by_seconds
 
-    def _by_seconds(self, step: int, every_s: float) -> bool:
-        window = step // WINDOW_STEPS
-        if window == self._window:
+    def _by_seconds(self, every_s: float) -> bool:
+        window, position = divmod(self._calls, WINDOW_CALLS)
+        self._calls += 1
+        if position:
             return False
-        is_first = self._window is None
-        self._window = window
-        is_due = False if is_first else self._announced(window)
+        is_due = self._announced(window) if window else False
         if self._coord.rank == 0:
-            # A save announced for this window restarts the clock, so the next window is judged from
-            # it.
+            # A save announced for this window restarts the clock, so the next one is judged anew.
             elapsed_s = 0.0 if is_due else self._monotonic() - self._saved_at
             self._coord.set(self._key(window + 1), msgspec.json.encode(_Due(elapsed_s >= every_s)))
-            self._coord.delete(self._key(window - 2))
+            if window >= _KEPT_WINDOWS:
+                self._coord.delete(self._key(window - _KEPT_WINDOWS))
         return is_due
 
     def _announced(self, window: int) -> bool:
         data = wait_for(
             self._coord,
             self._key(window),
-            what=f"the coordinator's word on saving at steps from {window * WINDOW_STEPS}",
+            what=f"the coordinator's word on call {window * WINDOW_CALLS} of should_save()",
             timeout_s=self._timeout_s,
         )
         return msgspec.json.decode(data, type=_Due).due

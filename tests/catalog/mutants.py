@@ -307,7 +307,7 @@ MUTANTS = [
         "pruning counts names, not valid roots",
         "collect",
         "elif (yield from _is_valid(name, valid)):",
-        "else:",
+        "elif (yield from _is_valid(name, valid)) or True:",
         _TORN_PRUNE,
     ),
     Mutant(

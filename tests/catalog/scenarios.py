@@ -29,8 +29,8 @@ from world import (
 )
 
 from shardckpt.catalog import collect, log
-from shardckpt.checkpointer import ancestry_of
 from shardckpt.format.root import Entry, Root, attempt_name, encode_root, root_digest
+from shardckpt.load.choose import ancestry_of
 
 Script = Generator[Any, Any, None]
 Said = list[tuple[Any, ...]]

@@ -51,7 +51,7 @@ def make(directory: str) -> None:
         core.close()
 
     threads = [threading.Thread(target=run, args=(rank,)) for rank in range(WORLD)]
-    with mock.patch("shardckpt.checkpointer._writer_name", return_value="golden"):
+    with mock.patch("shardckpt.checkpointer.writer_name", return_value="golden"):
         for thread in threads:
             thread.start()
         for thread in threads:

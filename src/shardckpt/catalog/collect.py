@@ -12,6 +12,9 @@ Attempts:
 4. Delete, make the removals durable, and only then call a retired attempt gone, so that the log
    forgets it.
 
+While a root is damaged, attempts of earlier epochs of which the log says nothing stay, too: the
+damaged root may have been the one that committed them, and a copy of it brings them back.
+
 Roots: every name with `kept` valid roots above it goes, after those above are durable.
 """
 
@@ -51,14 +54,21 @@ class Collected:
     gone: frozenset[str]
 
 
-def collect_attempts() -> Generator[LogOp, LogAnswer, Collected]:
-    """Delete every attempt directory that no reader sees and no writer can still commit."""
+def collect_attempts(*, keep_undecided: bool = False) -> Generator[LogOp, LogAnswer, Collected]:
+    """Delete every attempt directory that no reader sees and no writer can still commit.
+
+    Args:
+        keep_undecided: Leave attempts of earlier epochs of which the log says nothing: a root is
+            damaged, and it may have been the one that committed them.
+    """
     newest = yield from read_newest()
     if newest is None:
         return Collected((), frozenset())
     yield SyncRoots()
     names = yield from _list_attempts()
     dead = [name for name in names if may_delete(newest.root, name)]
+    if keep_undecided:
+        dead = [n for n in dead if n in newest.root.aborted or n in newest.root.retired]
     leased = (yield ListLeased()) if dead else ()
     assert isinstance(leased, Sequence)
     deleted = [name for name in dead if name not in leased]
@@ -73,8 +83,10 @@ def collect_attempts() -> Generator[LogOp, LogAnswer, Collected]:
     return Collected(tuple(deleted), gone)
 
 
-def prune_roots(valid: set[str], *, kept: int = KEPT_ROOTS) -> Generator[LogOp, LogAnswer, None]:
-    """Delete every root that has `kept` valid ones above it.
+def prune_roots(
+    valid: set[str], *, kept: int = KEPT_ROOTS
+) -> Generator[LogOp, LogAnswer, tuple[str, ...]]:
+    """Delete every root that has `kept` valid ones above it; return the damaged ones left.
 
     Args:
         valid: Names known to be valid roots; roots are immutable, so the set is kept between calls.
@@ -83,17 +95,21 @@ def prune_roots(valid: set[str], *, kept: int = KEPT_ROOTS) -> Generator[LogOp, 
     names = yield from list_roots()
     above = 0
     old: list[str] = []
+    damaged: list[str] = []
     for name in reversed(names):
         if above >= kept:
             old.append(name)
         elif (yield from _is_valid(name, valid)):
             above += 1
+        else:
+            damaged.append(name)
     if old:
         yield SyncRoots()
     # Oldest first: names never go missing between two that are there.
     for name in reversed(old):
         yield DeleteRoot(name)
         valid.discard(name)
+    return tuple(damaged)
 
 
 def may_delete(root: Root, attempt: str) -> bool:

@@ -198,9 +198,16 @@ class Catalog:
             StorageError: A removal failed; calling again goes on.
         """
         self.newest()
-        collected = self._run(collect_attempts())
+        damaged = self._run(prune_roots(self._valid_roots))
+        if damaged:
+            _logger.warning(
+                "%s: roots %s are damaged. What they committed is not seen; its directories stay. "
+                "Restore these files from a copy, or leave them: later roots push them out.",
+                self._storage.url,
+                ", ".join(damaged),
+            )
+        collected = self._run(collect_attempts(keep_undecided=bool(damaged)))
         self._gone = collected.gone
-        self._run(prune_roots(self._valid_roots))
         return list(collected.deleted)
 
     def find(self, root: Root, step: int | None) -> Entry:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import itertools
 import os
 from typing import TYPE_CHECKING, Any
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
@@ -16,11 +17,11 @@ from shardckpt.checkpointer import (
     DEFAULT_TIMEOUT_S,
     CheckpointerCore,
     Restored,
-    environment_facts,
     load_once,
 )
 from shardckpt.load.loader import LoadOptions
 from shardckpt.options import Every, Retention
+from shardckpt.provenance import environment_facts
 from shardckpt.save.saver import OnBusy, SaveHandle
 from shardckpt.storage.open import open_storage
 from shardckpt.torch.backend import TorchBackend
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
 __all__ = ["Checkpointer", "Restored", "RngState", "SaveHandle", "load"]
 
 _opened = itertools.count()
+_opened_on: WeakKeyDictionary[Coord, itertools.count[int]] = WeakKeyDictionary()
 
 
 class Checkpointer:
@@ -80,7 +82,7 @@ class Checkpointer:
             _storage(url), TorchBackend(), used,
             save_every=save_every, retention=retention or Retention(), config=config,
             timeout_s=timeout_s, on_busy=on_busy, environment=_environment(used.world_size),
-            namespace=f"shardckpt/{next(_opened)}",
+            namespace=_namespace(coord),
         )  # fmt: skip
 
     def should_save(self, step: int) -> bool:
@@ -225,7 +227,7 @@ def load(
         return load_once(
             _storage(url), TorchBackend(), used, state,
             step=step, options=_options(strict, only, rename, cast, transactional),
-            timeout_s=timeout_s, namespace=f"shardckpt/{next(_opened)}",
+            timeout_s=timeout_s, namespace=_namespace(coord),
             environment=_environment(used.world_size),
         )  # fmt: skip
     finally:
@@ -249,6 +251,12 @@ def _options(
         cast=cast,
         transactional=transactional,
     )
+
+
+def _namespace(coord: Coord | None) -> str:
+    """Return the next namespace of a job: counted on its own coord, or on torch's default store."""
+    counter = _opened if coord is None else _opened_on.setdefault(coord, itertools.count())
+    return f"shardckpt/{next(counter)}"
 
 
 def _storage(url: str | os.PathLike[str] | Storage) -> Storage:
