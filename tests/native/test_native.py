@@ -334,3 +334,8 @@ def test_importing_it_loads_no_framework_and_no_numpy(module: str) -> None:
         "print(*{name.split('.')[0] for name in sys.modules} & {'torch', 'jax', 'numpy'})"
     )
     assert run_python(code) == ""
+
+
+def test_no_module_uses_torch_distributed_checkpoint() -> None:
+    for file in PACKAGE.rglob("*.py"):
+        assert "distributed.checkpoint" not in file.read_text(), file
