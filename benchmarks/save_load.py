@@ -163,7 +163,7 @@ def _save(
 def _settle(store: Path, told: RankContext) -> None:
     """Wait until the step before is removed, so that its removal disturbs no timed part."""
     deadline = time.monotonic() + SWEEP_TIMEOUT_S
-    while len({path.parent for path in store.rglob("*.shard")}) > KEPT_STEPS:
+    while len(list(store.glob("step-*"))) > KEPT_STEPS:
         if time.monotonic() > deadline:
             raise TimeoutError("the step before was not removed")
         time.sleep(0.02)
