@@ -40,6 +40,17 @@ const Crc32cPath& ChosenPath() {
   return path;
 }
 
+// Entry k is x^(8 * 2^k): what 2^k further bytes multiply a CRC by.
+consteval std::array<uint32_t, 64> MakeBytePowers() {
+  std::array<uint32_t, 64> powers{crc::PowerOfX(8)};
+  for (size_t k = 1; k < powers.size(); ++k) {
+    powers[k] = crc::Multiply(powers[k - 1], powers[k - 1]);
+  }
+  return powers;
+}
+
+constexpr std::array<uint32_t, 64> kBytePowers = MakeBytePowers();
+
 void StoreLittleEndian(uint64_t value, int num_bytes, uint8_t* out) {
   for (int i = 0; i < num_bytes; ++i) out[i] = static_cast<uint8_t>(value >> (8 * i));
 }
@@ -48,6 +59,13 @@ void StoreLittleEndian(uint64_t value, int num_bytes, uint8_t* out) {
 
 uint32_t Crc32c(uint32_t initial, const void* data, size_t size_bytes) {
   return ChosenPath().compute(initial, data, size_bytes);
+}
+
+uint32_t Crc32cCombine(uint32_t first, uint32_t second, uint64_t second_size_bytes) {
+  for (size_t k = 0; second_size_bytes != 0; ++k, second_size_bytes >>= 1) {
+    if ((second_size_bytes & 1u) != 0) first = crc::Multiply(first, kBytePowers[k]);
+  }
+  return first ^ second;
 }
 
 const char* Crc32cPathName() { return ChosenPath().name; }

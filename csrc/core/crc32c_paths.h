@@ -13,8 +13,8 @@ namespace shardckpt::crc {
 // 0x1EDC6F41 with its bits reversed: bit 31 is x^0.
 inline constexpr uint32_t kPolynomial = 0x82F63B78u;
 
-// The arithmetic runs at compile time only, so that no path emits code that another could be linked
-// to.
+// The arithmetic runs at compile time, or is static where it also runs later, so that no path emits
+// code that another could be linked to.
 //
 // Multiplies by x^num_bits modulo the polynomial: the state after num_bits zero bits.
 consteval uint32_t ShiftByBits(uint32_t state, size_t num_bits) {
@@ -26,6 +26,16 @@ consteval uint32_t ShiftByBits(uint32_t state, size_t num_bits) {
 
 // Returns x^exponent modulo the polynomial.
 consteval uint32_t PowerOfX(size_t exponent) { return ShiftByBits(0x80000000u, exponent); }
+
+// Multiplies two polynomials modulo the polynomial.
+static constexpr uint32_t Multiply(uint32_t left, uint32_t right) {
+  uint32_t product = 0;
+  for (int bit = 31; bit >= 0; --bit) {  // Bit 31 is x^0.
+    product ^= right & (0u - (left >> bit & 1u));
+    right = (right >> 1) ^ (kPolynomial & (0u - (right & 1u)));
+  }
+  return product;
+}
 
 // Slicing by eight; runs everywhere.
 uint32_t Table(uint32_t initial, const void* data, size_t size_bytes);

@@ -28,7 +28,7 @@ struct ShiftTables {
       // Shifting is linear, so eight single bits give all 256 entries.
       uint32_t bits[8] = {};
       for (uint32_t bit = 0; bit < 8; ++bit) {
-        bits[bit] = Multiply(1u << (8 * byte_index + bit), num_bytes);
+        bits[bit] = Multiply(1u << (8 * byte_index + bit), PowerOfX(8 * num_bytes));
       }
       for (uint32_t byte = 0; byte < 256; ++byte) {
         for (uint32_t bit = 0; bit < 8; ++bit) {
@@ -36,16 +36,6 @@ struct ShiftTables {
         }
       }
     }
-  }
-
-  static consteval uint32_t Multiply(uint32_t state, size_t num_bytes) {
-    uint32_t power = PowerOfX(8 * num_bytes);
-    uint32_t product = 0;
-    for (int bit = 31; bit >= 0; --bit) {  // Bit 31 is x^0.
-      if ((state >> bit & 1u) != 0) product ^= power;
-      power = ShiftByBits(power, 1);
-    }
-    return product;
   }
 
   uint32_t Shift(uint32_t state) const {

@@ -9,27 +9,13 @@
 #include <vector>
 
 #include "tests/check.h"
+#include "tests/reference.h"
 
 namespace shardckpt {
 namespace {
 
-// The definition, one bit at a time; shares nothing with the code under test.
-uint32_t Bitwise(uint32_t initial, const uint8_t* data, size_t size_bytes) {
-  uint32_t state = ~initial;
-  for (size_t i = 0; i < size_bytes; ++i) {
-    state ^= data[i];
-    for (int bit = 0; bit < 8; ++bit) {
-      state = (state >> 1) ^ ((state & 1u) != 0 ? 0x82F63B78u : 0u);
-    }
-  }
-  return ~state;
-}
-
-std::vector<uint8_t> RandomBytes(size_t size_bytes, std::mt19937* random) {
-  std::vector<uint8_t> bytes(size_bytes);
-  for (uint8_t& byte : bytes) byte = static_cast<uint8_t>((*random)());
-  return bytes;
-}
+using testing::BitwiseCrc;
+using testing::RandomBytes;
 
 std::string Case(const Crc32cPath& path, size_t size_bytes, size_t start) {
   return std::string(path.name) + ", " + std::to_string(size_bytes) + " bytes from " +
@@ -61,7 +47,7 @@ TEST(EveryPathEqualsTheBitwiseReferenceAtEverySmallSizeAndAlignment) {
   for (size_t size = 0; size <= 1100; size += 1 + size / 300) {
     for (const size_t start : {size_t{0}, size_t{1}, size_t{7}, size_t{63}}) {
       const auto initial = static_cast<uint32_t>(random());
-      const uint32_t expected = Bitwise(initial, bytes.data() + start, size);
+      const uint32_t expected = BitwiseCrc(initial, bytes.data() + start, size);
       for (const Crc32cPath& path : Crc32cPaths()) {
         if (!path.is_supported()) continue;
         EXPECT(path.compute(initial, bytes.data() + start, size) == expected,
@@ -78,7 +64,7 @@ TEST(EveryPathEqualsTheBitwiseReferenceAtRandomLargeSizes) {
     const size_t start = random() % 128;
     const size_t size = random() % (bytes.size() - start);
     const auto initial = static_cast<uint32_t>(random());
-    const uint32_t expected = Bitwise(initial, bytes.data() + start, size);
+    const uint32_t expected = BitwiseCrc(initial, bytes.data() + start, size);
     for (const Crc32cPath& path : Crc32cPaths()) {
       if (!path.is_supported()) continue;
       EXPECT(path.compute(initial, bytes.data() + start, size) == expected,
@@ -95,6 +81,37 @@ TEST(ACrcContinuesOverAnyCut) {
     const size_t cut = random() % (bytes.size() + 1);
     const uint32_t front = Crc32c(0, bytes.data(), cut);
     EXPECT(Crc32c(front, bytes.data() + cut, bytes.size() - cut) == whole, std::to_string(cut));
+  }
+}
+
+TEST(TwoCrcsCombineIntoTheCrcOfTheWhole) {
+  std::mt19937 random(6);
+  const std::vector<uint8_t> bytes = RandomBytes(70'000, &random);
+  for (int round = 0; round < 200; ++round) {
+    const size_t size = round == 0 ? 0 : random() % (bytes.size() + 1);
+    size_t cut = random() % (size + 1);
+    if (round % 10 == 1) cut = 0;
+    if (round % 10 == 2) cut = size;
+    const uint32_t front = Crc32c(0, bytes.data(), cut);
+    const uint32_t back = Crc32c(0, bytes.data() + cut, size - cut);
+    EXPECT(Crc32cCombine(front, back, size - cut) == BitwiseCrc(0, bytes.data(), size),
+           std::to_string(cut) + " of " + std::to_string(size) + " bytes");
+  }
+}
+
+TEST(CrcsOfMoreThanMemoryHoldsCombineInAnyOrder) {
+  std::mt19937_64 random(7);
+  for (int round = 0; round < 100; ++round) {
+    const auto first = static_cast<uint32_t>(random());
+    const auto second = static_cast<uint32_t>(random());
+    const auto third = static_cast<uint32_t>(random());
+    const uint64_t second_bytes = random() >> (1 + round % 63);
+    const uint64_t third_bytes = random() >> (1 + round % 31);
+    const uint32_t front = Crc32cCombine(first, second, second_bytes);
+    const uint32_t back = Crc32cCombine(second, third, third_bytes);
+    EXPECT(Crc32cCombine(front, third, third_bytes) ==
+               Crc32cCombine(first, back, second_bytes + third_bytes),
+           std::to_string(second_bytes) + " and " + std::to_string(third_bytes) + " bytes");
   }
 }
 
@@ -119,8 +136,8 @@ TEST(AChunkCrcBindsBytesSeedAndPlace) {
     const auto [start, size, offset] = chunks[i];
     std::array<uint8_t, 8> place;
     for (size_t k = 0; k < 8; ++k) place[k] = static_cast<uint8_t>(offset >> (8 * k));
-    const uint32_t expected =
-        Bitwise(0, bytes.data() + start, static_cast<size_t>(size)) ^ Bitwise(77, place.data(), 8);
+    const uint32_t expected = BitwiseCrc(0, bytes.data() + start, static_cast<size_t>(size)) ^
+                              BitwiseCrc(77, place.data(), 8);
     const uint32_t found =
         static_cast<uint32_t>(out[4 * i]) | static_cast<uint32_t>(out[4 * i + 1]) << 8 |
         static_cast<uint32_t>(out[4 * i + 2]) << 16 | static_cast<uint32_t>(out[4 * i + 3]) << 24;

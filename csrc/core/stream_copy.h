@@ -1,0 +1,39 @@
+// Copies past the caches: for bytes that this processor does not read again soon.
+//
+// One pair of functions, several instruction sets. The fastest path that the processor has is
+// chosen once, at the first call; SHARDCKPT_COPY=<name> chooses another. All paths write equal
+// bytes and give equal values. Thread-safe.
+#ifndef SHARDCKPT_CORE_STREAM_COPY_H_
+#define SHARDCKPT_CORE_STREAM_COPY_H_
+
+#include <cstddef>
+#include <cstdint>
+#include <span>
+
+namespace shardckpt {
+
+// Copies `size_bytes` from `src` to `dst` and returns Crc32c(initial, src, size_bytes), reading
+// each byte of memory once. Any alignment; the two must not overlap. The stores are fenced at the
+// end, so that `dst` may be handed to another thread like any memory.
+uint32_t CopyAndCrc(uint32_t initial, void* dst, const void* src, size_t size_bytes);
+
+// The same without a checksum.
+void StreamCopy(void* dst, const void* src, size_t size_bytes);
+
+// Name of the path that both take.
+const char* StreamCopyPathName();
+
+// One way to copy.
+struct StreamCopyPath {
+  const char* name;
+  bool (*is_supported)();
+  void (*copy)(void* dst, const void* src, size_t size_bytes);
+  uint32_t (*copy_and_crc)(uint32_t initial, void* dst, const void* src, size_t size_bytes);
+};
+
+// All paths in this build, fastest first; the last one, "memcpy", runs everywhere.
+std::span<const StreamCopyPath> StreamCopyPaths();
+
+}  // namespace shardckpt
+
+#endif  // SHARDCKPT_CORE_STREAM_COPY_H_
