@@ -2,12 +2,22 @@
 // call, and turns a Status into a Python exception.
 #include <Python.h>
 #include <nanobind/nanobind.h>
+#include <nanobind/stl/string.h>
+#include <nanobind/stl/tuple.h>
+#include <nanobind/stl/vector.h>
 
 #include <cstdint>
+#include <memory>
 #include <span>
+#include <string>
+#include <tuple>
+#include <type_traits>
+#include <utility>
+#include <vector>
 
 #include "core/copy.h"
 #include "core/crc32c.h"
+#include "core/engine.h"
 #include "core/file.h"
 #include "core/status.h"
 
@@ -126,6 +136,126 @@ size_t ReadFullAt(int fd, uintptr_t address, size_t size_bytes, int64_t offset_b
   return num_read_bytes;
 }
 
+const char* NameOf(FailureKind kind) {
+  switch (kind) {
+    case FailureKind::kTorn:
+      return "torn";
+    case FailureKind::kGone:
+      return "gone";
+    case FailureKind::kWrite:
+      return "write";
+    case FailureKind::kCancelled:
+      return "cancelled";
+    case FailureKind::kNone:
+      break;
+  }
+  return "";
+}
+
+// Owns an engine; one whose threads hang, or that a fork copied, is leaked.
+class PyEngine {
+ public:
+  PyEngine(int64_t num_copy_threads, int64_t num_flush_threads, std::vector<int> cpus) {
+    RaiseUnlessOk(Engine::Create({num_copy_threads, num_flush_threads, std::move(cpus)}, &engine_));
+  }
+  ~PyEngine() { Close(1000); }
+
+  bool Close(int64_t timeout_ms) {
+    if (engine_ == nullptr) return true;
+    nb::gil_scoped_release unlocked;
+    const bool is_closed = engine_->Close(timeout_ms);
+    Engine* engine = engine_.release();
+    if (is_closed) delete engine;
+    return is_closed;
+  }
+
+  void Reserve(int64_t size_bytes) {
+    RaiseUnlessOk(Unlocked([&](Engine& e) { return e.Reserve(size_bytes); }));
+  }
+
+  int64_t Begin(nb::handle rows, nb::handle file_bytes, bool check_all) {
+    const Buffer numbers(rows);
+    const Buffer files(file_bytes);
+    const std::span<const int64_t> numbers_span = numbers.rows();
+    const std::span<const int64_t> files_span = files.rows();
+    int64_t ticket = 0;
+    RaiseUnlessOk(
+        Unlocked([&](Engine& e) { return e.Begin(numbers_span, files_span, check_all, &ticket); }));
+    return ticket;
+  }
+
+  bool WaitStaged(int64_t ticket, int64_t group, int64_t timeout_ms) {
+    return Unlocked([&](Engine& e) { return e.WaitStaged(ticket, group, timeout_ms); });
+  }
+
+  void Attach(int64_t ticket, int64_t file, int fd, int direct_fd, uintptr_t calls) {
+    const FileOps* ops = calls == 0 ? &SystemFileOps() : reinterpret_cast<const FileOps*>(calls);
+    RaiseUnlessOk(Unlocked([&](Engine& e) { return e.Attach(ticket, file, fd, direct_fd, ops); }));
+  }
+
+  bool WaitFlushed(int64_t ticket, int64_t file, int64_t timeout_ms) {
+    return Unlocked([&](Engine& e) { return e.WaitFlushed(ticket, file, timeout_ms); });
+  }
+
+  nb::object Take(int64_t ticket, int64_t file, int64_t timeout_ms) {
+    Engine::Taken taken;
+    RaiseUnlessOk(Unlocked([&](Engine& e) { return e.Take(ticket, file, timeout_ms, &taken); }));
+    if (!taken.more) return nb::none();
+    return nb::make_tuple(taken.extent, reinterpret_cast<uintptr_t>(taken.data), taken.size_bytes,
+                          taken.offset_bytes);
+  }
+
+  void Give(int64_t ticket, int64_t extent) {
+    RaiseUnlessOk(Unlocked([&](Engine& e) { return e.Give(ticket, extent); }));
+  }
+
+  nb::bytes ChunkCrcsOf(int64_t ticket, int64_t file, uint32_t seed) {
+    std::vector<uint8_t> out;
+    RaiseUnlessOk(Unlocked([&](Engine& e) { return e.ChunkCrcsOf(ticket, file, seed, &out); }));
+    return nb::bytes(out.data(), out.size());
+  }
+
+  std::tuple<std::string, int64_t, int64_t, int, std::string> FailureOf(int64_t ticket) {
+    const Failure failure = Unlocked([&](Engine& e) { return e.FailureOf(ticket); });
+    return {NameOf(failure.kind), failure.payload, failure.file, failure.system_errno,
+            failure.message};
+  }
+
+  void Cancel(int64_t ticket, const std::string& why) {
+    Unlocked([&](Engine& e) {
+      e.Cancel(ticket, why);
+      return true;
+    });
+  }
+
+  bool Release(int64_t ticket, int64_t timeout_ms) {
+    return Unlocked([&](Engine& e) { return e.Release(ticket, timeout_ms); });
+  }
+
+  void SetRate(int64_t bytes_per_s) { Checked().SetRate(bytes_per_s); }
+  void SetPaused(bool is_paused) { Checked().SetPaused(is_paused); }
+
+  std::tuple<int64_t, int64_t, int64_t> Stats() {
+    const EngineStats stats = Checked().Stats();
+    return {stats.num_slots, stats.num_free_slots, stats.written_bytes};
+  }
+
+ private:
+  Engine& Checked() {
+    if (engine_ == nullptr) throw nb::value_error("the staging engine is closed.");
+    return *engine_;
+  }
+
+  template <typename Call>
+  std::invoke_result_t<Call, Engine&> Unlocked(Call call) {
+    Engine& engine = Checked();
+    nb::gil_scoped_release unlocked;
+    return call(engine);
+  }
+
+  std::unique_ptr<Engine> engine_;
+};
+
 }  // namespace
 }  // namespace shardckpt
 
@@ -138,4 +268,24 @@ NB_MODULE(_native, m) {
   m.def("copy_rows", shardckpt::CopyTable, "rows"_a, "num_threads"_a);
   m.def("write_full", shardckpt::WriteFullAt, "fd"_a, "address"_a, "nbytes"_a, "offset"_a);
   m.def("read_full", shardckpt::ReadFullAt, "fd"_a, "address"_a, "nbytes"_a, "offset"_a);
+
+  using shardckpt::PyEngine;
+  nb::class_<PyEngine>(m, "Engine")
+      .def(nb::init<int64_t, int64_t, std::vector<int>>(), "num_copy_threads"_a,
+           "num_flush_threads"_a, "cpus"_a)
+      .def("close", &PyEngine::Close, "timeout_ms"_a)
+      .def("reserve", &PyEngine::Reserve, "nbytes"_a)
+      .def("begin", &PyEngine::Begin, "rows"_a, "file_bytes"_a, "check_all"_a)
+      .def("wait_staged", &PyEngine::WaitStaged, "ticket"_a, "group"_a, "timeout_ms"_a)
+      .def("attach", &PyEngine::Attach, "ticket"_a, "file"_a, "fd"_a, "direct_fd"_a, "calls"_a)
+      .def("wait_flushed", &PyEngine::WaitFlushed, "ticket"_a, "file"_a, "timeout_ms"_a)
+      .def("take", &PyEngine::Take, "ticket"_a, "file"_a, "timeout_ms"_a)
+      .def("give", &PyEngine::Give, "ticket"_a, "extent"_a)
+      .def("chunk_crcs", &PyEngine::ChunkCrcsOf, "ticket"_a, "file"_a, "seed"_a)
+      .def("failure", &PyEngine::FailureOf, "ticket"_a)
+      .def("cancel", &PyEngine::Cancel, "ticket"_a, "why"_a)
+      .def("release", &PyEngine::Release, "ticket"_a, "timeout_ms"_a)
+      .def("set_rate", &PyEngine::SetRate, "bytes_per_s"_a)
+      .def("set_paused", &PyEngine::SetPaused, "is_paused"_a)
+      .def("stats", &PyEngine::Stats);
 }

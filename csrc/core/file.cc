@@ -1,6 +1,8 @@
 #include "core/file.h"
 
+#include <fcntl.h>
 #include <poll.h>
+#include <sys/uio.h>
 #include <unistd.h>
 
 #include <algorithm>
@@ -13,6 +15,18 @@ namespace {
 
 // Linux moves at most 0x7ffff000 bytes in one call; a smaller round number keeps offsets aligned.
 constexpr size_t kMaxCallBytes = size_t{1} << 30;
+
+ssize_t PwriteUncached(int fd, const void* data, size_t size_bytes, off_t offset_bytes) {
+#ifndef RWF_DONTCACHE
+  constexpr int RWF_DONTCACHE = 0x80;  // Linux 6.14.
+#endif
+  const iovec piece{const_cast<void*>(data), size_bytes};
+  return pwritev2(fd, &piece, 1, offset_bytes, RWF_DONTCACHE);
+}
+
+int StartWriteout(int fd, off_t offset_bytes, off_t size_bytes) {
+  return sync_file_range(fd, offset_bytes, size_bytes, SYNC_FILE_RANGE_WRITE);
+}
 
 void PollReady(int fd, int timeout_ms) {
   pollfd entry{fd, POLLIN | POLLOUT, 0};
@@ -65,7 +79,7 @@ int TransferAll(const FileOps& ops, int fd, size_t size_bytes, size_t* done_byte
 }  // namespace
 
 const FileOps& SystemFileOps() {
-  static constexpr FileOps kOps{::pwrite, ::pread, PollReady};
+  static constexpr FileOps kOps{::pwrite, ::pread, PollReady, PwriteUncached, StartWriteout};
   return kOps;
 }
 
@@ -83,6 +97,30 @@ Status WriteFull(const FileOps& ops, int fd, const void* data, size_t size_bytes
   if (error == 0 && done < size_bytes) error = EIO;
   if (error != 0) return Failure("write_full", error, fd, size_bytes, offset_bytes, done);
   return Status::Ok();
+}
+
+Status WriteExtent(const FileOps& ops, WriteTarget* target, const void* data, size_t size_bytes,
+                   int64_t offset_bytes) {
+  if (const int direct_fd = target->direct_fd; direct_fd >= 0) {
+    Status status = WriteFull(ops, direct_fd, data, size_bytes, offset_bytes);
+    // EINVAL: blocks larger than ours. Written again from the start, which gives the same bytes.
+    if (status.system_errno() != EINVAL) return status;
+    target->direct_fd = -1;
+  }
+  if (ops.pwrite_uncached != nullptr && target->takes_uncached) {
+    FileOps uncached = ops;
+    uncached.pwrite = ops.pwrite_uncached;
+    Status status = WriteFull(uncached, target->fd, data, size_bytes, offset_bytes);
+    const int error = status.system_errno();
+    if (error != EOPNOTSUPP && error != EINVAL && error != ENOSYS) return status;
+    target->takes_uncached = false;
+  }
+  Status status = WriteFull(ops, target->fd, data, size_bytes, offset_bytes);
+  if (status.ok() && ops.start_writeout != nullptr) {
+    // Only a hint: the flush at the end is what counts, and it reports every error.
+    ops.start_writeout(target->fd, offset_bytes, static_cast<off_t>(size_bytes));
+  }
+  return status;
 }
 
 Status ReadFull(const FileOps& ops, int fd, void* data, size_t size_bytes, int64_t offset_bytes,

@@ -5,6 +5,7 @@
 
 #include <sys/types.h>
 
+#include <atomic>
 #include <cstddef>
 #include <cstdint>
 
@@ -18,6 +19,10 @@ struct FileOps {
   ssize_t (*pread)(int fd, void* data, size_t size_bytes, off_t offset_bytes);
   // Waits at most timeout_ms until fd takes or has bytes; the result does not matter.
   void (*wait_ready)(int fd, int timeout_ms);
+  // pwrite that leaves nothing in the page cache (RWF_DONTCACHE); null where there is none.
+  ssize_t (*pwrite_uncached)(int fd, const void* data, size_t size_bytes, off_t offset_bytes);
+  // Begins to write out a range of the page cache; null where there is none.
+  int (*start_writeout)(int fd, off_t offset_bytes, off_t size_bytes);
 };
 
 const FileOps& SystemFileOps();
@@ -32,6 +37,20 @@ Status WriteFull(const FileOps& ops, int fd, const void* data, size_t size_bytes
 // kIo: an error, or no progress in kMaxStalls calls in a row.
 Status ReadFull(const FileOps& ops, int fd, void* data, size_t size_bytes, int64_t offset_bytes,
                 size_t* num_read_bytes);
+
+// Where extents of one new file go. The fastest way that the file system takes is found by trying:
+// past the page cache (O_DIRECT), through it without staying there (RWF_DONTCACHE), buffered with
+// the writing-out begun at once. A way that was refused is not tried again.
+struct WriteTarget {
+  int fd = -1;
+  std::atomic<int> direct_fd{-1};  // The same file opened with O_DIRECT; -1: refused.
+  std::atomic<bool> takes_uncached{true};
+};
+
+// Writes an extent whose address, size and offset are multiples of 4096. Thread-safe.
+// kIo: as WriteFull.
+Status WriteExtent(const FileOps& ops, WriteTarget* target, const void* data, size_t size_bytes,
+                   int64_t offset_bytes);
 
 // Bound of EINTR and EAGAIN in a row; with kStallTimeoutMs each, a stuck file gives up after 10 s.
 inline constexpr int kMaxStalls = 100;

@@ -1,0 +1,529 @@
+#include "core/engine.h"
+
+#include <sched.h>
+#include <signal.h>
+#include <sys/resource.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <cerrno>
+#include <cstring>
+#include <utility>
+
+#include "core/crc32c.h"
+
+namespace shardckpt {
+namespace {
+
+constexpr int kFlushNice = 10;
+constexpr int kIoPriorityBestEffort = 2;
+constexpr int kIoPriorityLowest = 7;
+constexpr int64_t kGuardBytes = 64;  // A payload this small is a counter.
+constexpr auto kRateSlice = std::chrono::milliseconds(50);
+
+std::chrono::steady_clock::time_point Deadline(int64_t timeout_ms) {
+  return std::chrono::steady_clock::now() + std::chrono::milliseconds(timeout_ms);
+}
+
+void StoreLittleEndian(uint64_t value, int num_bytes, uint8_t* out) {
+  for (int i = 0; i < num_bytes; ++i) out[i] = static_cast<uint8_t>(value >> (8 * i));
+}
+
+Failure WriteFailure(int64_t file, const Status& status) {
+  return {FailureKind::kWrite, -1, file, status.system_errno(), status.message()};
+}
+
+}  // namespace
+
+Engine::Engine(const EngineOptions& options) : options_(options), pid_(getpid()) {}
+
+Engine::~Engine() = default;
+
+Status Engine::Create(const EngineOptions& options, std::unique_ptr<Engine>* out) {
+  std::unique_ptr<Engine> engine(new Engine(options));
+  // Signals belong to the threads of the program.
+  sigset_t all;
+  sigset_t before;
+  sigfillset(&all);
+  pthread_sigmask(SIG_SETMASK, &all, &before);
+  int error = 0;
+  for (int64_t i = 0; i < options.num_copy_threads + options.num_flush_threads; ++i) {
+    pthread_t thread;
+    auto* run = i < options.num_copy_threads ? RunCopies : RunWrites;
+    error = pthread_create(&thread, nullptr, run, engine.get());
+    if (error != 0) break;
+    engine->threads_.push_back(thread);
+  }
+  pthread_sigmask(SIG_SETMASK, &before, nullptr);
+  if (error != 0) {
+    engine->Close(1000);
+    return Status::Io(error,
+                      std::string("starting the staging threads failed: ") + std::strerror(error));
+  }
+  *out = std::move(engine);
+  return Status::Ok();
+}
+
+bool Engine::Close(int64_t timeout_ms) {
+  if (getpid() != pid_) return false;  // The threads were never this process's.
+  {
+    Lock lock(mutex_);
+    is_closing_ = true;
+    for (auto& [id, ticket] : tickets_) {
+      Fail(ticket.get(), {FailureKind::kCancelled, -1, -1, 0, "the engine was closed"});
+    }
+    copy_ready_.notify_all();
+    write_ready_.notify_all();
+  }
+  timespec until;
+  clock_gettime(CLOCK_REALTIME, &until);
+  until.tv_sec += timeout_ms / 1000;
+  until.tv_nsec += timeout_ms % 1000 * 1000000;
+  if (until.tv_nsec >= 1000000000) {
+    until.tv_sec += 1;
+    until.tv_nsec -= 1000000000;
+  }
+  while (!threads_.empty()) {
+    if (pthread_timedjoin_np(threads_.back(), nullptr, &until) != 0) return false;
+    threads_.pop_back();
+  }
+  return true;
+}
+
+Status Engine::CheckProcess() const {
+  if (getpid() == pid_) return Status::Ok();
+  return Status::Invalid(
+      "the staging engine belongs to the process that made it; a forked child cannot save. Open a "
+      "checkpointer of its own there.");
+}
+
+Status Engine::Reserve(int64_t size_bytes) {
+  if (Status status = CheckProcess(); !status.ok()) return status;
+  Lock lock(mutex_);
+  const int64_t before = arena_.num_slots();
+  Status status =
+      arena_.Grow((size_bytes + kSlotBytes - 1) / kSlotBytes, options_.num_copy_threads);
+  for (int64_t slot = before; slot < arena_.num_slots(); ++slot) free_slots_.push_back(slot);
+  copy_ready_.notify_all();
+  changed_.notify_all();
+  return status;
+}
+
+Status Engine::Begin(std::span<const int64_t> numbers, std::span<const int64_t> file_bytes,
+                     bool check_all, int64_t* ticket) {
+  if (Status status = CheckProcess(); !status.ok()) return status;
+  auto made = std::make_shared<Ticket>();
+  if (Status status = ParseSaveTable(numbers, file_bytes, &made->table); !status.ok()) {
+    return status;
+  }
+  SaveTable& table = made->table;
+  made->crcs.resize(static_cast<size_t>(table.num_chunks));
+  made->files.resize(file_bytes.size());
+  made->groups_of.resize(table.extents.size());
+  made->groups[kEager];
+  for (size_t i = 0; i < table.extents.size(); ++i) {
+    const Extent& extent = table.extents[i];
+    ++made->files[static_cast<size_t>(extent.file)].num_left;
+    std::vector<int64_t>& groups = made->groups_of[i];
+    for (uint32_t piece = extent.first_piece; piece < extent.last_piece; ++piece) {
+      groups.push_back(table.payloads[table.pieces[piece].payload].group);
+    }
+    std::sort(groups.begin(), groups.end());
+    groups.erase(std::unique(groups.begin(), groups.end()), groups.end());
+    for (const int64_t group : groups) ++made->groups[group].num_extents;
+  }
+  for (size_t i = 0; i < table.payloads.size(); ++i) {
+    const Payload& payload = table.payloads[i];
+    if (payload.is_lazy() && payload.device < 0 && payload.size_bytes <= kGuardBytes) {
+      made->groups[payload.group].guards.push_back(static_cast<uint32_t>(i));
+    }
+  }
+  for (auto& [id, group] : made->groups) group.is_staged = group.num_extents == 0;
+  if (check_all) ChecksumSources(table, &made->expected_crcs);
+  Lock lock(mutex_);
+  if (arena_.num_slots() == 0 && !table.extents.empty()) {
+    return Status::Invalid("the staging engine has no memory yet; reserve some first.");
+  }
+  *ticket = next_ticket_++;
+  tickets_[*ticket] = std::move(made);
+  copy_ready_.notify_all();
+  return Status::Ok();
+}
+
+bool Engine::IsStaged(const Ticket& ticket, int64_t group) const {
+  if (ticket.failure.kind != FailureKind::kNone) return ticket.num_copying == 0;
+  if (group != kEveryGroup) {
+    const auto found = ticket.groups.find(group);
+    return found == ticket.groups.end() || found->second.is_staged;
+  }
+  return std::all_of(ticket.groups.begin(), ticket.groups.end(),
+                     [](const auto& entry) { return entry.second.is_staged; });
+}
+
+bool Engine::WaitStaged(int64_t id, int64_t group, int64_t timeout_ms) {
+  if (!CheckProcess().ok()) return true;
+  const auto deadline = Deadline(timeout_ms);
+  std::unique_ptr<Scratch> scratch;
+  Lock lock(mutex_);
+  const std::shared_ptr<Ticket> ticket = Find(id);
+  if (ticket == nullptr) return true;
+  while (!IsStaged(*ticket, group)) {
+    Work work;
+    if (TakeCopy(ticket.get(), group, &work)) {
+      if (scratch == nullptr) scratch = std::make_unique<Scratch>();
+      Copy(&lock, work, scratch.get());
+    } else if (changed_.wait_until(lock, deadline) == std::cv_status::timeout) {
+      return IsStaged(*ticket, group);
+    }
+  }
+  return true;
+}
+
+bool Engine::TakeCopy(const Ticket* only, int64_t group, Work* out) {
+  if (free_slots_.empty()) return false;
+  for (auto& [id, ticket] : tickets_) {
+    const std::vector<uint32_t>& order = ticket->table.order;
+    std::vector<Extent>& extents = ticket->table.extents;
+    while (ticket->next < order.size() &&
+           extents[order[ticket->next]].state != ExtentState::kQueued) {
+      ++ticket->next;
+    }
+    for (size_t i = ticket->next; i < order.size(); ++i) {
+      Extent& extent = extents[order[i]];
+      if (extent.state != ExtentState::kQueued) continue;
+      if (ticket.get() == only && group != kEveryGroup) {
+        const std::vector<int64_t>& groups = ticket->groups_of[order[i]];
+        if (!std::binary_search(groups.begin(), groups.end(), group)) continue;
+      }
+      extent.state = ExtentState::kCopying;
+      extent.slot = free_slots_.back();
+      free_slots_.pop_back();
+      ++ticket->num_copying;
+      *out = {ticket, order[i]};
+      return true;
+    }
+    if (ticket.get() == only) return false;
+  }
+  return false;
+}
+
+void Engine::Copy(Lock* lock, const Work& work, Scratch* scratch) {
+  Ticket& ticket = *work.ticket;
+  Extent& extent = ticket.table.extents[work.extent];
+  uint8_t* dst = arena_.slot(extent.slot);
+  lock->unlock();
+  Copied copied;
+  CopyExtent(ticket.table, extent, dst, ticket.crcs.data(), scratch, &copied);
+  lock->lock();
+  ticket.tails.insert(ticket.tails.end(), copied.tails.begin(), copied.tails.end());
+  if (copied.torn_payload >= 0) {
+    Fail(&ticket, {copied.is_gone ? FailureKind::kGone : FailureKind::kTorn, copied.torn_payload,
+                   -1, 0, ""});
+  }
+  // The last one looks at the counters again: a step that changed nothing else moved them.
+  for (const int64_t id : ticket.groups_of[work.extent]) {
+    Group& group = ticket.groups[id];
+    if (--group.num_extents != 0 || ticket.failure.kind != FailureKind::kNone) continue;
+    lock->unlock();
+    int64_t moved = -1;
+    for (const uint32_t guard : group.guards) {
+      if (!StillHolds(ticket.table, ticket.table.payloads[guard])) moved = guard;
+    }
+    lock->lock();
+    if (moved >= 0) Fail(&ticket, {FailureKind::kTorn, moved, -1, 0, ""});
+    group.is_staged = true;
+  }
+  --ticket.num_copying;
+  if (ticket.failure.kind == FailureKind::kNone) {
+    extent.state = ExtentState::kStaged;
+    ticket.files[static_cast<size_t>(extent.file)].staged.push_back(work.extent);
+    write_ready_.notify_one();
+  } else {
+    FreeSlot(&extent);
+  }
+  changed_.notify_all();
+}
+
+void* Engine::RunCopies(void* opaque) {
+  Engine& engine = *static_cast<Engine*>(opaque);
+  if (!engine.options_.cpus.empty()) engine.LowerPriority();
+  Scratch scratch;
+  Lock lock(engine.mutex_);
+  while (!engine.is_closing_) {
+    Work work;
+    if (!engine.is_paused_ && engine.TakeCopy(nullptr, kEveryGroup, &work)) {
+      engine.Copy(&lock, work, &scratch);
+    } else {
+      engine.copy_ready_.wait(lock);
+    }
+  }
+  return nullptr;
+}
+
+Status Engine::Attach(int64_t id, int64_t file, int fd, int direct_fd, const FileOps* ops) {
+  if (Status status = CheckProcess(); !status.ok()) return status;
+  Lock lock(mutex_);
+  const std::shared_ptr<Ticket> ticket = Find(id);
+  if (ticket == nullptr || file < 0 || file >= static_cast<int64_t>(ticket->files.size())) {
+    return Status::Invalid("attach: ticket " + std::to_string(id) + " has no file " +
+                           std::to_string(file) + ".");
+  }
+  File& attached = ticket->files[static_cast<size_t>(file)];
+  attached.ops = ops;
+  attached.target.fd = fd;
+  attached.target.direct_fd = direct_fd;
+  attached.is_attached = true;
+  write_ready_.notify_all();
+  return Status::Ok();
+}
+
+bool Engine::IsFlushed(const Ticket& ticket, int64_t file) const {
+  const File& wanted = ticket.files[static_cast<size_t>(file)];
+  return wanted.num_writing == 0 &&
+         (wanted.num_left == 0 || ticket.failure.kind != FailureKind::kNone);
+}
+
+bool Engine::WaitFlushed(int64_t id, int64_t file, int64_t timeout_ms) {
+  if (!CheckProcess().ok()) return true;
+  Lock lock(mutex_);
+  const std::shared_ptr<Ticket> ticket = Find(id);
+  if (ticket == nullptr) return true;
+  return changed_.wait_until(lock, Deadline(timeout_ms), [&] { return IsFlushed(*ticket, file); });
+}
+
+bool Engine::TakeWrite(Work* out) {
+  for (auto& [id, ticket] : tickets_) {
+    if (ticket->failure.kind != FailureKind::kNone) continue;
+    for (File& file : ticket->files) {
+      if (!file.is_attached || file.staged.empty()) continue;
+      *out = {ticket, file.staged.front()};
+      file.staged.pop_front();
+      ticket->table.extents[out->extent].state = ExtentState::kWriting;
+      ++file.num_writing;
+      ++ticket->num_writing;
+      return true;
+    }
+  }
+  return false;
+}
+
+void Engine::Write(Lock* lock, const Work& work) {
+  Ticket& ticket = *work.ticket;
+  Extent& extent = ticket.table.extents[work.extent];
+  File& file = ticket.files[static_cast<size_t>(extent.file)];
+  WaitForRate(lock, extent.size_bytes);
+  const uint8_t* data = arena_.slot(extent.slot);
+  lock->unlock();
+  const Status status = WriteExtent(*file.ops, &file.target, data,
+                                    static_cast<size_t>(extent.size_bytes), extent.offset_bytes);
+  lock->lock();
+  if (!status.ok()) Fail(&ticket, WriteFailure(extent.file, status));
+  written_bytes_ += extent.size_bytes;
+  --file.num_writing;
+  --ticket.num_writing;
+  --file.num_left;
+  FreeSlot(&extent);
+  changed_.notify_all();
+}
+
+void Engine::WaitForRate(Lock* lock, int64_t size_bytes) {
+  // Looked at again in slices, so that another rate takes effect at once.
+  while (bytes_per_s_ > 0 && !is_closing_) {
+    const auto now = Clock::now();
+    const auto cost = std::chrono::duration_cast<Clock::duration>(std::chrono::duration<double>(
+        static_cast<double>(size_bytes) / static_cast<double>(bytes_per_s_)));
+    if (next_write_ <= now) {
+      next_write_ = now + cost;
+      return;
+    }
+    next_write_ = std::min(next_write_, now + cost);
+    write_ready_.wait_until(*lock, std::min(next_write_, now + kRateSlice));
+  }
+}
+
+void* Engine::RunWrites(void* opaque) {
+  Engine& engine = *static_cast<Engine*>(opaque);
+  engine.LowerPriority();
+  const auto thread = static_cast<id_t>(syscall(SYS_gettid));
+  // Each may be refused; then the thread runs as any other.
+  setpriority(PRIO_PROCESS, thread, kFlushNice);
+  syscall(SYS_ioprio_set, 1, 0, kIoPriorityBestEffort << 13 | kIoPriorityLowest);
+  Lock lock(engine.mutex_);
+  while (!engine.is_closing_) {
+    Work work;
+    if (engine.TakeWrite(&work)) {
+      engine.Write(&lock, work);
+    } else {
+      engine.write_ready_.wait(lock);
+    }
+  }
+  return nullptr;
+}
+
+void Engine::LowerPriority() const {
+  if (options_.cpus.empty()) return;
+  cpu_set_t set;
+  CPU_ZERO(&set);
+  for (const int cpu : options_.cpus) {
+    if (cpu >= 0 && cpu < CPU_SETSIZE) CPU_SET(static_cast<size_t>(cpu), &set);
+  }
+  sched_setaffinity(0, sizeof(set), &set);
+}
+
+Status Engine::Take(int64_t id, int64_t file, int64_t timeout_ms, Taken* out) {
+  if (Status status = CheckProcess(); !status.ok()) return status;
+  const auto deadline = Deadline(timeout_ms);
+  Lock lock(mutex_);
+  const std::shared_ptr<Ticket> ticket = Find(id);
+  if (ticket == nullptr || file < 0 || file >= static_cast<int64_t>(ticket->files.size())) {
+    return Status::Invalid("take: ticket " + std::to_string(id) + " has no file " +
+                           std::to_string(file) + ".");
+  }
+  File& wanted = ticket->files[static_cast<size_t>(file)];
+  *out = Taken();
+  while (ticket->failure.kind == FailureKind::kNone && wanted.num_left > wanted.num_writing) {
+    out->more = true;
+    if (!wanted.staged.empty()) {
+      const uint32_t index = wanted.staged.front();
+      wanted.staged.pop_front();
+      Extent& extent = ticket->table.extents[index];
+      extent.state = ExtentState::kWriting;
+      ++wanted.num_writing;
+      ++ticket->num_writing;
+      *out = {true, index, arena_.slot(extent.slot), extent.size_bytes, extent.offset_bytes};
+      return Status::Ok();
+    }
+    if (changed_.wait_until(lock, deadline) == std::cv_status::timeout) return Status::Ok();
+  }
+  out->more = false;
+  return Status::Ok();
+}
+
+Status Engine::Give(int64_t id, int64_t index) {
+  Lock lock(mutex_);
+  const std::shared_ptr<Ticket> ticket = Find(id);
+  if (ticket == nullptr || index < 0 ||
+      index >= static_cast<int64_t>(ticket->table.extents.size()) ||
+      ticket->table.extents[static_cast<size_t>(index)].state != ExtentState::kWriting) {
+    return Status::Invalid("give: extent " + std::to_string(index) + " of ticket " +
+                           std::to_string(id) + " was not taken.");
+  }
+  Extent& extent = ticket->table.extents[static_cast<size_t>(index)];
+  File& file = ticket->files[static_cast<size_t>(extent.file)];
+  --file.num_writing;
+  --ticket->num_writing;
+  --file.num_left;
+  FreeSlot(&extent);
+  changed_.notify_all();
+  return Status::Ok();
+}
+
+Status Engine::ChunkCrcsOf(int64_t id, int64_t file, uint32_t seed, std::vector<uint8_t>* out) {
+  Lock lock(mutex_);
+  const std::shared_ptr<Ticket> ticket = Find(id);
+  if (ticket == nullptr || file < 0 || file >= static_cast<int64_t>(ticket->files.size()) ||
+      ticket->failure.kind != FailureKind::kNone ||
+      ticket->files[static_cast<size_t>(file)].num_left != 0) {
+    return Status::Invalid("chunk_crcs_of: file " + std::to_string(file) + " of ticket " +
+                           std::to_string(id) + " is not written yet.");
+  }
+  // A file's chunks are whole once all its extents are copied; no thread touches them any more.
+  std::vector<uint32_t> crcs = ticket->crcs;
+  for (const ChunkTail& tail : ticket->tails) {
+    uint32_t& crc = crcs[static_cast<size_t>(tail.chunk)];
+    crc = Crc32cCombine(crc, tail.crc, static_cast<uint64_t>(tail.size_bytes));
+  }
+  lock.unlock();
+  const SaveTable& table = ticket->table;
+  for (size_t index = 0; index < table.payloads.size(); ++index) {
+    const Payload& payload = table.payloads[index];
+    if (payload.file != file) continue;
+    for (int64_t at = 0; at < payload.size_bytes; at += kChunkBytes) {
+      const auto chunk = static_cast<size_t>(payload.first_chunk + at / kChunkBytes);
+      if (!ticket->expected_crcs.empty() && payload.is_lazy() &&
+          ticket->expected_crcs[chunk] != crcs[chunk]) {
+        lock.lock();
+        Fail(ticket.get(), {FailureKind::kTorn, static_cast<int64_t>(index), -1, 0, ""});
+        return Status::Invalid("a copy differs from its array as it was when the save began.");
+      }
+      std::array<uint8_t, 8> place;
+      StoreLittleEndian(static_cast<uint64_t>(payload.offset_bytes + at), 8, place.data());
+      std::array<uint8_t, 4> stored;
+      StoreLittleEndian(crcs[chunk] ^ Crc32c(seed, place.data(), place.size()), 4, stored.data());
+      out->insert(out->end(), stored.begin(), stored.end());
+    }
+  }
+  return Status::Ok();
+}
+
+Failure Engine::FailureOf(int64_t id) {
+  Lock lock(mutex_);
+  const std::shared_ptr<Ticket> ticket = Find(id);
+  return ticket == nullptr ? Failure() : ticket->failure;
+}
+
+void Engine::Cancel(int64_t id, const std::string& why) {
+  Lock lock(mutex_);
+  const std::shared_ptr<Ticket> ticket = Find(id);
+  if (ticket != nullptr) Fail(ticket.get(), {FailureKind::kCancelled, -1, -1, 0, why});
+}
+
+bool Engine::Release(int64_t id, int64_t timeout_ms) {
+  if (!CheckProcess().ok()) return true;
+  Lock lock(mutex_);
+  const std::shared_ptr<Ticket> ticket = Find(id);
+  if (ticket == nullptr) return true;
+  const bool is_done =
+      std::all_of(ticket->files.begin(), ticket->files.end(),
+                  [](const File& file) { return file.num_left == 0 && file.num_writing == 0; });
+  if (!is_done) Fail(ticket.get(), {FailureKind::kCancelled, -1, -1, 0, "the save was given up"});
+  const bool is_idle = changed_.wait_until(lock, Deadline(timeout_ms), [&] {
+    return ticket->num_copying == 0 && ticket->num_writing == 0;
+  });
+  if (is_idle) tickets_.erase(id);
+  return is_idle;
+}
+
+void Engine::Fail(Ticket* ticket, Failure failure) {
+  if (ticket->failure.kind != FailureKind::kNone) return;
+  ticket->failure = std::move(failure);
+  for (Extent& extent : ticket->table.extents) {
+    if (extent.state == ExtentState::kStaged) FreeSlot(&extent);
+    if (extent.state == ExtentState::kQueued) extent.state = ExtentState::kDone;
+  }
+  for (File& file : ticket->files) file.staged.clear();
+  changed_.notify_all();
+}
+
+void Engine::FreeSlot(Extent* extent) {
+  extent->state = ExtentState::kDone;
+  free_slots_.push_back(extent->slot);
+  extent->slot = -1;
+  copy_ready_.notify_one();
+  changed_.notify_all();  // Whoever waits for a fence copies too, and may have waited for a slot.
+}
+
+std::shared_ptr<Engine::Ticket> Engine::Find(int64_t id) {
+  const auto found = tickets_.find(id);
+  return found == tickets_.end() ? nullptr : found->second;
+}
+
+void Engine::SetRate(int64_t bytes_per_s) {
+  Lock lock(mutex_);
+  bytes_per_s_ = bytes_per_s;
+  write_ready_.notify_all();
+}
+
+void Engine::SetPaused(bool is_paused) {
+  Lock lock(mutex_);
+  is_paused_ = is_paused;
+  copy_ready_.notify_all();
+}
+
+EngineStats Engine::Stats() {
+  Lock lock(mutex_);
+  return {arena_.num_slots(), static_cast<int64_t>(free_slots_.size()), written_bytes_};
+}
+
+}  // namespace shardckpt

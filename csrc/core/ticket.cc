@@ -1,0 +1,338 @@
+#include "core/ticket.h"
+
+#include <sys/uio.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <atomic>
+#include <cerrno>
+#include <cstring>
+#include <string>
+
+#include "core/arena.h"
+#include "core/crc32c.h"
+#include "core/stream_copy.h"
+
+namespace shardckpt {
+namespace {
+
+constexpr int64_t kRowFields = 9;
+// One block has three witnesses; a copy that was overtaken inside it differs in the last one.
+constexpr int64_t kBlockBytes = int64_t{1} << 20;
+constexpr int64_t kWitnessBytes = 16;
+
+Status Bad(size_t payload, const std::string& what) {
+  return Status::Invalid("payload " + std::to_string(payload) + " of the save: " + what +
+                         "; this is an error of the caller.");
+}
+
+const uint8_t* Pointer(int64_t address) {
+  return reinterpret_cast<const uint8_t*>(static_cast<uintptr_t>(address));
+}
+
+Status ParsePayload(size_t index, const int64_t* row, int64_t num_left, Payload* out) {
+  if (num_left < kRowFields) return Bad(index, "the table ends inside its row");
+  Payload& p = *out;
+  p = Payload{Pointer(row[0]), row[1], row[2],  row[3],  row[4], row[5], row[6],
+              row[7],          row[8], nullptr, nullptr, 0,      0,      0};
+  if (p.num_dims < 0 || p.num_dims > kMaxPayloadDims || num_left < kRowFields + 2 * p.num_dims) {
+    return Bad(index, "ndim is " + std::to_string(p.num_dims) + " and the table ends");
+  }
+  if (p.src == nullptr || p.size_bytes < 1 || p.group < 0 || p.device < -1 || p.start < 0 ||
+      p.itemsize_bytes < 1) {
+    return Bad(index, "null memory or a negative size");
+  }
+  if (p.num_dims == 0) return Status::Ok();
+  p.shape = row + kRowFields;
+  p.strides_bytes = p.shape + p.num_dims;
+  int64_t size = p.itemsize_bytes;
+  for (int64_t dim = 0; dim < p.num_dims; ++dim) {
+    if (p.shape[dim] < 1 || __builtin_mul_overflow(size, p.shape[dim], &size)) {
+      return Bad(index, "dim " + std::to_string(dim) + " has size " + std::to_string(p.shape[dim]));
+    }
+  }
+  if (p.start > size || p.size_bytes > size - p.start || p.start % p.itemsize_bytes != 0 ||
+      p.size_bytes % p.itemsize_bytes != 0) {
+    return Bad(index, "bytes [" + std::to_string(p.start) + ", +" + std::to_string(p.size_bytes) +
+                          ") of an array of " + std::to_string(size) + " bytes");
+  }
+  // Witnesses and the kernel's reads know contiguous memory only.
+  p.group = kEager;
+  return Status::Ok();
+}
+
+void TakeWitness(Payload* payload, int64_t at, SaveTable* table) {
+  Witness witness{at, 0, {}};
+  witness.size_bytes = static_cast<uint8_t>(std::min(kWitnessBytes, payload->size_bytes - at));
+  std::memcpy(witness.bytes.data(), payload->src + at, witness.size_bytes);
+  table->witnesses.push_back(witness);
+  ++payload->num_witnesses;
+}
+
+// Positions are multiples of 16, so that no witness lies across the edge of an extent.
+void TakeWitnesses(Payload* payload, SaveTable* table) {
+  payload->first_witness = static_cast<uint32_t>(table->witnesses.size());
+  for (int64_t block = 0; block < payload->size_bytes; block += kBlockBytes) {
+    const int64_t size = std::min(kBlockBytes, payload->size_bytes - block);
+    const int64_t last = (size - 1) / kWitnessBytes * kWitnessBytes;
+    const int64_t middle = last == 0 ? 0 : (block / kBlockBytes + 1) * 7919 * kWitnessBytes % last;
+    TakeWitness(payload, block, table);
+    if (middle > 0) TakeWitness(payload, block + middle, table);
+    if (last > middle) TakeWitness(payload, block + last, table);
+  }
+}
+
+// Cuts the files into extents and the payloads, which are in file order, into pieces of them.
+Status CutExtents(std::span<const int64_t> file_bytes, SaveTable* table) {
+  size_t next = 0;
+  int64_t within = 0;  // Bytes of payload `next` that earlier extents hold.
+  for (size_t file = 0; file < file_bytes.size(); ++file) {
+    for (int64_t at = kHeaderBytes; at < file_bytes[file]; at += kSlotBytes) {
+      Extent extent{};
+      extent.file = static_cast<int64_t>(file);
+      extent.offset_bytes = at;
+      extent.size_bytes = std::min(kSlotBytes, file_bytes[file] - at);
+      extent.first_piece = static_cast<uint32_t>(table->pieces.size());
+      const int64_t end = at + extent.size_bytes;
+      while (next < table->payloads.size()) {
+        const Payload& p = table->payloads[next];
+        if (p.file != extent.file || p.offset_bytes >= end) break;
+        const int64_t last = std::min(p.size_bytes, end - p.offset_bytes);
+        table->pieces.push_back({static_cast<uint32_t>(next), within, last});
+        extent.is_eager = extent.is_eager || !p.is_lazy();
+        extent.on_device = extent.on_device || p.device >= 0;
+        if (last < p.size_bytes) {
+          within = last;
+          break;
+        }
+        within = 0;
+        ++next;
+      }
+      extent.last_piece = static_cast<uint32_t>(table->pieces.size());
+      table->extents.push_back(extent);
+    }
+  }
+  if (next < table->payloads.size()) return Bad(next, "lies in no file, or past its end");
+  return Status::Ok();
+}
+
+enum class ReadResult { kOk, kGone, kRefused };
+
+// Reads this process's own memory through the kernel, which reports a page that is gone.
+ReadResult ReadSafely(void* dst, const void* src, size_t size_bytes) {
+  static std::atomic<bool> is_refused{false};
+  if (is_refused.load(std::memory_order_relaxed)) return ReadResult::kRefused;
+  const iovec local{dst, size_bytes};
+  const iovec remote{const_cast<void*>(src), size_bytes};
+  const ssize_t got = process_vm_readv(getpid(), &local, 1, &remote, 1, 0);
+  if (got == static_cast<ssize_t>(size_bytes)) return ReadResult::kOk;
+  if (got < 0 && (errno == EPERM || errno == ENOSYS)) {
+    is_refused = true;
+    return ReadResult::kRefused;
+  }
+  return ReadResult::kGone;
+}
+
+bool Matches(const SaveTable& table, const Payload& payload, int64_t first, int64_t last,
+             const uint8_t* data) {
+  const Witness* begin = table.witnesses.data() + payload.first_witness;
+  const Witness* end = begin + payload.num_witnesses;
+  const Witness* w = std::lower_bound(
+      begin, end, first, [](const Witness& witness, int64_t at) { return witness.at < at; });
+  for (; w != end && w->at + w->size_bytes <= last; ++w) {
+    if (std::memcmp(data + (w->at - first), w->bytes.data(), w->size_bytes) != 0) return false;
+  }
+  return true;
+}
+
+// Copies bytes `[first, last)` of a strided array in C order.
+void CopyStrided(const Payload& payload, int64_t first, int64_t last, uint8_t* dst) {
+  int64_t run = payload.itemsize_bytes;  // Contiguous bytes of the innermost dims.
+  int64_t dims = payload.num_dims;
+  while (dims > 0 && (payload.shape[dims - 1] == 1 || payload.strides_bytes[dims - 1] == run)) {
+    run *= payload.shape[--dims];
+  }
+  for (int64_t at = payload.start + first; at < payload.start + last;) {
+    int64_t rest = at / run;
+    const int64_t inside = at % run;
+    const uint8_t* src = payload.src + inside;
+    for (int64_t dim = dims - 1; dim >= 0; --dim) {
+      src += rest % payload.shape[dim] * payload.strides_bytes[dim];
+      rest /= payload.shape[dim];
+    }
+    const int64_t size = std::min(run - inside, payload.start + last - at);
+    std::memcpy(dst, src, static_cast<size_t>(size));
+    dst += size;
+    at += size;
+  }
+}
+
+void StoreCrc(const Payload& payload, int64_t at, int64_t size, uint32_t crc, uint32_t* crcs,
+              std::vector<ChunkTail>* tails) {
+  const int64_t chunk = payload.first_chunk + at / kChunkBytes;
+  if (at % kChunkBytes == 0) {
+    crcs[chunk] = crc;
+  } else {
+    tails->push_back({chunk, crc, size});
+  }
+}
+
+// Calls use(at, size) for every part of `[first, last)` that lies in one chunk.
+template <typename Use>
+void ForEachChunk(int64_t first, int64_t last, Use use) {
+  for (int64_t at = first; at < last;) {
+    const int64_t end = std::min(last, (at / kChunkBytes + 1) * kChunkBytes);
+    use(at, end - at);
+    at = end;
+  }
+}
+
+// Returns whether the piece was copied whole and unchanged.
+bool CopyLazy(const SaveTable& table, const Piece& piece, uint8_t* dst, uint32_t* crcs,
+              Scratch* scratch, Copied* out) {
+  const Payload& payload = table.payloads[piece.payload];
+  for (int64_t block = piece.first; block < piece.last;) {
+    const int64_t end = std::min(piece.last, (block / Scratch::kBytes + 1) * Scratch::kBytes);
+    const uint8_t* data = scratch->data();
+    switch (ReadSafely(scratch->data(), payload.src + block, static_cast<size_t>(end - block))) {
+      case ReadResult::kOk:
+        break;
+      case ReadResult::kGone:
+        out->is_gone = true;
+        out->torn_payload = piece.payload;
+        return false;
+      case ReadResult::kRefused:
+        data = payload.src + block;
+    }
+    ForEachChunk(block, end, [&](int64_t at, int64_t size) {
+      const uint32_t crc =
+          CopyAndCrc(0, dst + (at - piece.first), data + (at - block), static_cast<size_t>(size));
+      StoreCrc(payload, at, size, crc, crcs, &out->tails);
+    });
+    // Of what was stored: the bounce block is private, so it is what the slot holds.
+    const uint8_t* stored = data == scratch->data() ? data : dst + (block - piece.first);
+    if (!Matches(table, payload, block, end, stored)) {
+      out->torn_payload = piece.payload;
+      return false;
+    }
+    block = end;
+  }
+  return true;
+}
+
+}  // namespace
+
+Scratch::Scratch() : bytes_(static_cast<size_t>(kBytes)) {}
+
+Status ParseSaveTable(std::span<const int64_t> numbers, std::span<const int64_t> file_bytes,
+                      SaveTable* out) {
+  out->numbers.assign(numbers.begin(), numbers.end());
+  for (size_t file = 0; file < file_bytes.size(); ++file) {
+    if (file_bytes[file] < kHeaderBytes || file_bytes[file] % kHeaderBytes != 0) {
+      return Status::Invalid("file " + std::to_string(file) + " of the save has " +
+                             std::to_string(file_bytes[file]) +
+                             " bytes; it must be a positive multiple of 4096.");
+    }
+  }
+  const int64_t* row = out->numbers.data();
+  auto num_left = static_cast<int64_t>(out->numbers.size());
+  int64_t file = 0;
+  int64_t end = kHeaderBytes;
+  while (num_left > 0) {
+    Payload payload;
+    const size_t index = out->payloads.size();
+    if (Status status = ParsePayload(index, row, num_left, &payload); !status.ok()) return status;
+    if (payload.file != file) end = kHeaderBytes;
+    if (payload.file < file || payload.file >= static_cast<int64_t>(file_bytes.size()) ||
+        payload.offset_bytes < end ||
+        payload.size_bytes > file_bytes[static_cast<size_t>(payload.file)] - payload.offset_bytes) {
+      return Bad(index, "bytes [" + std::to_string(payload.offset_bytes) + ", +" +
+                            std::to_string(payload.size_bytes) + ") of file " +
+                            std::to_string(payload.file) + " overlap others or lie outside");
+    }
+    file = payload.file;
+    end = payload.offset_bytes + payload.size_bytes;
+    payload.first_chunk = out->num_chunks;
+    out->num_chunks += (payload.size_bytes + kChunkBytes - 1) / kChunkBytes;
+    if (payload.is_lazy() && payload.device < 0) TakeWitnesses(&payload, out);
+    out->payloads.push_back(payload);
+    const int64_t fields = kRowFields + 2 * payload.num_dims;
+    row += fields;
+    num_left -= fields;
+  }
+  if (Status status = CutExtents(file_bytes, out); !status.ok()) return status;
+  for (const bool is_eager : {true, false}) {
+    for (size_t i = 0; i < out->extents.size(); ++i) {
+      if (out->extents[i].is_eager == is_eager) out->order.push_back(static_cast<uint32_t>(i));
+    }
+  }
+  return Status::Ok();
+}
+
+void CopyExtent(const SaveTable& table, const Extent& extent, uint8_t* dst, uint32_t* crcs,
+                Scratch* scratch, Copied* out) {
+  int64_t filled = 0;
+  for (uint32_t i = extent.first_piece; i < extent.last_piece; ++i) {
+    const Piece& piece = table.pieces[i];
+    const Payload& payload = table.payloads[piece.payload];
+    const int64_t at = payload.offset_bytes + piece.first - extent.offset_bytes;
+    std::memset(dst + filled, 0, static_cast<size_t>(at - filled));
+    filled = at + piece.last - piece.first;
+    if (payload.is_lazy()) {
+      if (!CopyLazy(table, piece, dst + at, crcs, scratch, out)) return;
+      continue;
+    }
+    ForEachChunk(piece.first, piece.last, [&](int64_t start, int64_t size) {
+      uint8_t* to = dst + at + (start - piece.first);
+      uint32_t crc = 0;
+      if (payload.num_dims == 0) {
+        crc = CopyAndCrc(0, to, payload.src + start, static_cast<size_t>(size));
+      } else {
+        CopyStrided(payload, start, start + size, to);
+        crc = Crc32c(0, to, static_cast<size_t>(size));
+      }
+      StoreCrc(payload, start, size, crc, crcs, &out->tails);
+    });
+  }
+  std::memset(dst + filled, 0, static_cast<size_t>(extent.size_bytes - filled));
+}
+
+void ChecksumExtent(const SaveTable& table, const Extent& extent, const uint8_t* data,
+                    uint32_t* crcs, std::vector<ChunkTail>* tails) {
+  for (uint32_t i = extent.first_piece; i < extent.last_piece; ++i) {
+    const Piece& piece = table.pieces[i];
+    const Payload& payload = table.payloads[piece.payload];
+    const uint8_t* from = data + (payload.offset_bytes + piece.first - extent.offset_bytes);
+    ForEachChunk(piece.first, piece.last, [&](int64_t at, int64_t size) {
+      const uint32_t crc = Crc32c(0, from + (at - piece.first), static_cast<size_t>(size));
+      StoreCrc(payload, at, size, crc, crcs, tails);
+    });
+  }
+}
+
+bool StillHolds(const SaveTable& table, const Payload& payload) {
+  const Witness* w = table.witnesses.data() + payload.first_witness;
+  for (uint32_t i = 0; i < payload.num_witnesses; ++i, ++w) {
+    std::array<uint8_t, 16> now;
+    const ReadResult result = ReadSafely(now.data(), payload.src + w->at, w->size_bytes);
+    if (result == ReadResult::kGone) return false;
+    if (result == ReadResult::kRefused) {
+      std::memcpy(now.data(), payload.src + w->at, w->size_bytes);
+    }
+    if (std::memcmp(now.data(), w->bytes.data(), w->size_bytes) != 0) return false;
+  }
+  return true;
+}
+
+void ChecksumSources(const SaveTable& table, std::vector<uint32_t>* crcs) {
+  crcs->assign(static_cast<size_t>(table.num_chunks), 0);
+  for (const Payload& payload : table.payloads) {
+    if (!payload.is_lazy() || payload.device >= 0) continue;
+    ForEachChunk(0, payload.size_bytes, [&](int64_t at, int64_t size) {
+      (*crcs)[static_cast<size_t>(payload.first_chunk + at / kChunkBytes)] =
+          Crc32c(0, payload.src + at, static_cast<size_t>(size));
+    });
+  }
+}
+
+}  // namespace shardckpt
