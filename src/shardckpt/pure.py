@@ -17,10 +17,29 @@ if TYPE_CHECKING:
     from array import array
     from collections.abc import Iterator
 
+# What native threads call; `ssize_t pread(int fd, void *data, size_t size, off_t offset)` and back.
+TRANSFER_CALL: Final = ctypes.CFUNCTYPE(
+    ctypes.c_ssize_t, ctypes.c_int, ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int64, use_errno=True
+)
+WAIT_CALL: Final = ctypes.CFUNCTYPE(None, ctypes.c_int, ctypes.c_int)
+
 _POLYNOMIAL: Final = 0x82F63B78
 _INT64_END: Final = 1 << 63
 _MAX_DIMS: Final = 32
 _MAX_THREADS: Final = 64
+
+
+class FileCalls(ctypes.Structure):
+    """`shardckpt::FileOps` of csrc/core/file.h: the C functions that files are read and written by.
+
+    A call that fails returns -1 and leaves its reason in errno.
+    """
+
+    _fields_ = (
+        ("pwrite", TRANSFER_CALL),
+        ("pread", TRANSFER_CALL),
+        ("wait_ready", WAIT_CALL),
+    )
 
 
 def _make_table() -> tuple[int, ...]:

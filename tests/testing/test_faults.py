@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from shardckpt.pure import FileCalls
 from shardckpt.storage.local import LocalStorage
 from shardckpt.testing.faults import Call, Fault, FaultyFileOps
 from shardckpt.testing.ranks import RankContext, RankDeath, run_ranks
@@ -72,6 +73,44 @@ def test_a_failing_write_has_no_half_or_all_of_its_effect(
         ops.write_at(fd, _ADDRESS, 10, 0)
     assert caught.value.errno == errno.ENOSPC
     assert (tmp_path / "a").read_bytes() == stored
+    ops.close(fd)
+
+
+def test_calls_by_native_code_are_recorded_and_struck_with_their_errno(tmp_path: Path) -> None:
+    ops = FaultyFileOps(
+        Fault(errno.ENOSPC, "write_at", first=2), Fault(errno.EINTR, "read_at"), keep_data=True
+    )
+    path = str(tmp_path / "a")
+    fd = _open(ops, tmp_path / "a")
+    calls = FileCalls.from_address(ops.native_calls())
+    got = ctypes.create_string_buffer(10)
+    assert calls.pwrite(fd, _ADDRESS, 10, 3) == 10
+    assert calls.pwrite(fd, _ADDRESS, 10, 13) == -1
+    assert ctypes.get_errno() == errno.ENOSPC
+    assert calls.pread(fd, ctypes.addressof(got), 10, 5) == -1
+    assert ctypes.get_errno() == errno.EINTR
+    assert calls.pread(fd, ctypes.addressof(got), 10, 5) == 8
+    assert got.raw == b"23456789\0\0"
+    assert ops.calls[1:] == (
+        Call(2, "write_at", path, offset=3, nbytes=10, data=b"0123456789"),
+        Call(3, "write_at", path, offset=13, nbytes=10, data=b"0123456789"),
+        Call(4, "read_at", path, offset=5, nbytes=10),
+        Call(5, "read_at", path, offset=5, nbytes=10),
+    )
+    ops.close(fd)
+
+
+def test_what_raises_no_errno_reaches_native_code_as_eio(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    def refuse(call: Call) -> None:
+        raise ValueError(call.op)
+
+    ops = FaultyFileOps(Fault(refuse, "read_at"))
+    fd = _open(ops, tmp_path / "a")
+    assert FileCalls.from_address(ops.native_calls()).pread(fd, _ADDRESS, 1, 0) == -1
+    assert ctypes.get_errno() == errno.EIO
+    assert "ValueError: read_at" in caplog.text
     ops.close(fd)
 
 

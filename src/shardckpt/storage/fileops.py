@@ -14,6 +14,7 @@ import os
 from typing import Final, Protocol, final
 
 from shardckpt import native
+from shardckpt.pure import TRANSFER_CALL, WAIT_CALL, FileCalls
 
 _LOG: Final = logging.getLogger("shardckpt.storage")
 
@@ -36,6 +37,13 @@ class FileOps(Protocol):
 
     def read_at(self, fd: int, address: int, nbytes: int, offset: int) -> int:
         """Fill `nbytes` at `address` from byte `offset`; fewer only at the end of the file."""
+
+    def native_calls(self) -> int:
+        """Return what native threads read and write by, so that their calls come here, too.
+
+        The address of a `FileCalls` that lives as long as this object (see `calls_into`), or 0 for
+        the system's own calls.
+        """
 
     def truncate(self, fd: int, nbytes: int) -> None:
         """Make the file `nbytes` long."""
@@ -69,6 +77,40 @@ class FileOps(Protocol):
 
     def stat_name(self, name: str, *, dir_fd: int) -> os.stat_result:
         """Return the status of a name; a symbolic link is not followed."""
+
+
+def calls_into(ops: FileOps) -> FileCalls:
+    """Return C functions that run `write_at` and `read_at` of `ops`, from any thread.
+
+    They must outlive every native call that was given their address.
+    """
+
+    def pwrite(fd: int, address: int | None, nbytes: int, offset: int) -> int:
+        try:
+            ops.write_at(fd, address or 0, nbytes, offset)
+        except BaseException as error:
+            return _failed(error)
+        return nbytes
+
+    def pread(fd: int, address: int | None, nbytes: int, offset: int) -> int:
+        try:
+            return ops.read_at(fd, address or 0, nbytes, offset)
+        except BaseException as error:
+            return _failed(error)
+
+    def wait_ready(fd: int, timeout_ms: int) -> None:
+        """Return at once: whoever answers EAGAIN here decides how often."""
+
+    return FileCalls(TRANSFER_CALL(pwrite), TRANSFER_CALL(pread), WAIT_CALL(wait_ready))
+
+
+def _failed(error: BaseException) -> int:
+    """Hand an exception to C as its errno, with -1 as the result."""
+    code = error.errno if isinstance(error, OSError) else None
+    if code is None:
+        _LOG.error("a file operation called by native code raised no errno", exc_info=error)
+    ctypes.set_errno(code or errno.EIO)
+    return -1
 
 
 def close_unwritten(ops: FileOps, fd: int) -> None:
@@ -107,6 +149,10 @@ class PosixFileOps:
     def read_at(self, fd: int, address: int, nbytes: int, offset: int) -> int:
         """Fill `nbytes` at `address` from byte `offset`; fewer only at the end of the file."""
         return native.read_full(fd, address, nbytes, offset)
+
+    def native_calls(self) -> int:
+        """Return 0: native threads make the same calls themselves."""
+        return 0
 
     def truncate(self, fd: int, nbytes: int) -> None:
         """Make the file `nbytes` long."""

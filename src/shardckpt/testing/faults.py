@@ -14,7 +14,7 @@ import threading
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final, Literal, TypeVar, final
 
-from shardckpt.storage.fileops import FileOps, PosixFileOps
+from shardckpt.storage.fileops import FileOps, PosixFileOps, calls_into
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -89,6 +89,7 @@ class FaultyFileOps:
         self._calls: Final[list[Call]] = []
         self._num_matches: Final = [0] * len(faults)
         self._paths: Final[dict[int, str]] = {}
+        self._native_calls: Final = calls_into(self)
 
     @property
     def calls(self) -> tuple[Call, ...]:
@@ -158,6 +159,10 @@ class FaultyFileOps:
             offset=offset,
             nbytes=nbytes,
         )
+
+    def native_calls(self) -> int:
+        """Return C functions that record and break like `write_at` and `read_at`."""
+        return ctypes.addressof(self._native_calls)
 
     def truncate(self, fd: int, nbytes: int) -> None:
         """Record, then cut."""
