@@ -19,6 +19,7 @@
 #include "core/crc32c.h"
 #include "core/engine.h"
 #include "core/file.h"
+#include "core/memory_limit.h"
 #include "core/status.h"
 
 namespace nb = nanobind;
@@ -261,6 +262,8 @@ class PyEngine {
 
 NB_MODULE(_native, m) {
   using namespace nb::literals;
+  // A checkpointer that is never closed lives until the process ends; that is no error.
+  nb::set_leak_warnings(false);
   m.def("crc32c", shardckpt::Crc32cOfBuffer, "data"_a, "initial"_a = 0);
   m.def("crc32c_at", shardckpt::Crc32cAt, "address"_a, "nbytes"_a, "initial"_a = 0);
   m.def("crc32c_path", shardckpt::Crc32cPathName);
@@ -268,6 +271,8 @@ NB_MODULE(_native, m) {
   m.def("copy_rows", shardckpt::CopyTable, "rows"_a, "num_threads"_a);
   m.def("write_full", shardckpt::WriteFullAt, "fd"_a, "address"_a, "nbytes"_a, "offset"_a);
   m.def("read_full", shardckpt::ReadFullAt, "fd"_a, "address"_a, "nbytes"_a, "offset"_a);
+
+  m.def("memory_limit", [] { return shardckpt::MemoryLimitBytes(); });
 
   using shardckpt::PyEngine;
   nb::class_<PyEngine>(m, "Engine")

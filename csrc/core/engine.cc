@@ -41,7 +41,7 @@ Engine::Engine(const EngineOptions& options) : options_(options), pid_(getpid())
 Engine::~Engine() = default;
 
 Status Engine::Create(const EngineOptions& options, std::unique_ptr<Engine>* out) {
-  std::unique_ptr<Engine> engine(new Engine(options));
+  auto engine = std::make_unique<Engine>(options);
   // Signals belong to the threads of the program.
   sigset_t all;
   sigset_t before;

@@ -65,7 +65,8 @@ struct EngineStats {
 class Engine {
  public:
   static Status Create(const EngineOptions& options, std::unique_ptr<Engine>* out);
-  ~Engine();  // Only after Close() returned true.
+  explicit Engine(const EngineOptions& options);  // Without threads: Create starts them.
+  ~Engine();                                      // Only after Close() returned true.
   Engine(const Engine&) = delete;
   Engine& operator=(const Engine&) = delete;
 
@@ -154,8 +155,6 @@ class Engine {
     std::shared_ptr<Ticket> ticket;
     uint32_t extent = 0;
   };
-
-  explicit Engine(const EngineOptions& options);
 
   static void* RunCopies(void* engine);
   static void* RunWrites(void* engine);

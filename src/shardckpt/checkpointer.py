@@ -42,6 +42,7 @@ from shardckpt.retention import to_drop
 from shardckpt.save.commit import Described
 from shardckpt.save.saver import OnBusy, SaveHandle, Saver
 from shardckpt.schedule import Schedule
+from shardckpt.staging.engine import EVERY_GROUP
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -49,7 +50,7 @@ if TYPE_CHECKING:
     from shardckpt.backend import Backend
     from shardckpt.coord.base import Coord
     from shardckpt.format.root import Entry
-    from shardckpt.options import Every, Retention
+    from shardckpt.options import Every, Retention, Staging
     from shardckpt.storage.base import Storage
 
 DEFAULT_TIMEOUT_S: Final = 600.0
@@ -106,6 +107,7 @@ class CheckpointerCore:
         config: Any,
         timeout_s: float,
         on_busy: OnBusy,
+        staging: Staging,
         environment: Mapping[str, str],
         namespace: str,
     ) -> None:
@@ -119,7 +121,8 @@ class CheckpointerCore:
             retention: Which steps stay.
             config: Plain values saved beside the state.
             timeout_s: Deadline of every wait.
-            on_busy: What a save does that finds the one before under way.
+            on_busy: What a save does that finds no room.
+            staging: How saves are copied and written.
             environment: Versions and the like, saved beside the state.
             namespace: Prefix of this job's keys, equal on all ranks, never used before.
 
@@ -151,8 +154,8 @@ class CheckpointerCore:
         )
         self._saver: Saver | None = Saver(
             backend, self._catalog, self._writer, coord, described,
-            prefix=prefix, timeout_s=timeout_s, on_busy=on_busy, to_drop=lambda root: to_drop(root,
-            retention),
+            prefix=prefix, timeout_s=timeout_s, on_busy=on_busy, staging=staging,
+            to_drop=lambda root: to_drop(root, retention),
         )  # fmt: skip
         self._schedule = Schedule(save_every, coord, prefix=prefix, timeout_s=timeout_s)
         self._unrestored = self._unrestored_steps() if coord.rank == 0 else []
@@ -214,7 +217,7 @@ class CheckpointerCore:
             CorruptCheckpointError: It is damaged; names the newest other step.
         """
         saver = self._open_saver()
-        saver.finish_last()
+        saver.finish_all()
         skip: list[str] = []
         while True:
             round_ = self._round("restore", self._restores)
@@ -254,8 +257,15 @@ class CheckpointerCore:
         """
         self._catalog.pin(self._catalog.find(self._catalog.newest(), step).attempt, pinned=pinned)
 
-    def wait_staged(self) -> None:
-        """Return once arrays may be changed: at once, since `save` stages before it returns."""
+    @property
+    def is_staging(self) -> bool:
+        """Whether arrays of some save are still to be copied."""
+        return self._saver is not None and self._saver.is_staging
+
+    def fence(self, group: int | None = None) -> None:
+        """Return once arrays of a fence group (None: any) may be changed; never raises."""
+        if self._saver is not None and self._saver.is_staging:
+            self._saver.fence(EVERY_GROUP if group is None else group)
 
     def wait(self) -> None:
         """Wait for the save under way and raise its failure, alike on all ranks.
@@ -263,7 +273,7 @@ class CheckpointerCore:
         Raises:
             ShardckptError: It failed.
         """
-        self._open_saver().finish_last()
+        self._open_saver().finish_all()
 
     def close(self, timeout_s: float | None = None) -> None:
         """Wait for the save under way, raise its failure, release everything. All ranks.

@@ -53,6 +53,14 @@ class SaveFailedError(ShardckptError, RuntimeError):
     """The save was not committed; every rank raises the same first error."""
 
 
+class TornCopyError(SaveFailedError):
+    """An array changed, or its memory was freed, while it was copied; the message names it."""
+
+
+class StagingMemoryError(ShardckptError, MemoryError):
+    """There is no host memory for the copies of a save."""
+
+
 class OutcomeUnknownError(ShardckptError, RuntimeError):
     """The commit log is out of reach, so nobody here can say whether the step was committed."""
 

@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from array import array
     from types import ModuleType
 
+    from shardckpt._native import Engine as Engine
+
 
 def _load() -> ModuleType | None:
     if os.environ.get("SHARDCKPT_PURE_PYTHON", "") not in ("", "0"):
@@ -92,3 +94,42 @@ def read_full(fd: int, address: int, nbytes: int, offset: int) -> int:
     """
     value: int = _impl.read_full(fd, address, nbytes, offset)
     return value
+
+
+def memory_limit() -> int:
+    """Return how many bytes of memory this process may use: its control group's limit, or all."""
+    value: int = _impl.memory_limit()
+    return value
+
+
+def staging_engine(num_copy_threads: int, num_flush_threads: int, cpus: list[int]) -> Engine:
+    """Start a staging engine: copies arrays and writes them to files in threads of its own.
+
+    Calls, all but `set_*` and `stats` without the GIL:
+
+    - `reserve(nbytes)` grows its memory; OSError where there is no room.
+    - `begin(rows, file_bytes, check_all)` queues a save and returns its ticket. `rows` is an
+      `array('q')` with, per payload in file order, [source_address, nbytes, file, file_offset,
+      group, device (-1), first byte in C order (of strided arrays), itemsize_bytes, ndim (0:
+      contiguous), shape[ndim], strides_bytes[ndim]].
+    - `wait_staged(ticket, group, timeout_ms)` copies with the others until nothing reads arrays of
+      `group` (-1: any) any more; False after the timeout.
+    - `attach(ticket, file, fd, direct_fd, calls)` gives a file to the flush threads (`calls`: the
+      address of a `pure.FileCalls`, or 0), `wait_flushed(ticket, file, timeout_ms)` waits for them.
+    - `take(ticket, file, timeout_ms)` lends a staged extent instead: (extent, address, nbytes,
+      file_offset); nbytes 0: none is ready; None: no more. `give(ticket, extent)` returns it.
+    - `chunk_crcs(ticket, file, seed)` is as above, for the chunks of a written file.
+    - `failure(ticket)`: (kind, payload, file, errno, message); kind is "" for none, "torn", "gone",
+      "write" or "cancelled".
+    - `release(ticket, timeout_ms)` forgets a save; False where a write of it still runs.
+
+    Args:
+        num_copy_threads: Threads that copy; whoever waits helps them.
+        num_flush_threads: Threads that write, at low priority.
+        cpus: Processors they may run on; empty for all.
+
+    Raises:
+        OSError: The system gives no threads.
+    """
+    engine: Engine = _impl.Engine(num_copy_threads, num_flush_threads, cpus)
+    return engine

@@ -12,6 +12,8 @@ PerRankRule: TypeAlias = Literal["error", "rank0", "drop"]
 """What another world size does with per-rank values: raise, give all that of rank 0,
 or leave the target as it is."""
 
+MIN_STAGING_BYTES: Final = 16 << 20
+
 PER_RANK_RULES: Final[tuple[PerRankRule, ...]] = ("error", "rank0", "drop")
 
 
@@ -88,3 +90,47 @@ class Retention:
             raise ValueError(f"Retention last is {self.last}; keep at least 1")
         if self.every is not None and self.every < 1:
             raise ValueError(f"Retention every is {self.every}; use 1 or more")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Staging:
+    """How saves are copied and written beside the training.
+
+    Attributes:
+        overlap: Copy what fenced optimizers own while forward and backward run; False copies all of
+            the state before `save` returns.
+        staging_bytes: Host memory of this rank for copies, in bytes; less than the state makes it a
+            ring, and `save` or the fence waits for the disk. None: what one save takes, but at most
+            40 % of the memory limit, shared by the ranks of the host.
+        check_copies: For debugging: compare every copy with the arrays as they were when the save
+            began, at the price of reading them once more inside `save`.
+        write_bytes_per_s: Most bytes per second that this rank writes; None for no limit.
+        max_inflation: How much longer steps may take while a save is written; above it the writing
+            is slowed down. None never slows it down.
+        cpus: Processors the background threads may run on; empty for all.
+    """
+
+    overlap: bool = True
+    staging_bytes: int | None = None
+    check_copies: bool = False
+    write_bytes_per_s: int | None = None
+    max_inflation: float | None = 1.05
+    cpus: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        """Refuse nonsense.
+
+        Raises:
+            ValueError: A bound is too small, or a processor is negative.
+        """
+        if self.staging_bytes is not None and self.staging_bytes < MIN_STAGING_BYTES:
+            raise ValueError(
+                f"staging_bytes is {self.staging_bytes}; a ring needs at least "
+                f"{MIN_STAGING_BYTES} (two extents of 8 MiB)"
+            )
+        if self.write_bytes_per_s is not None and self.write_bytes_per_s < 1:
+            raise ValueError(f"write_bytes_per_s is {self.write_bytes_per_s}; use 1 or more")
+        if self.max_inflation is not None and self.max_inflation <= 1:
+            raise ValueError(f"max_inflation is {self.max_inflation}; use a ratio above 1")
+        if any(cpu < 0 for cpu in self.cpus):
+            raise ValueError(f"cpus is {list(self.cpus)}; use numbers from 0")

@@ -11,10 +11,10 @@ import itertools
 import math
 import os
 import struct
+from array import array
 from typing import TYPE_CHECKING, Final, TypeAlias
 
 if TYPE_CHECKING:
-    from array import array
     from collections.abc import Iterator
 
 # What native threads call; `ssize_t pread(int fd, void *data, size_t size, off_t offset)` and back.
@@ -27,6 +27,10 @@ _POLYNOMIAL: Final = 0x82F63B78
 _INT64_END: Final = 1 << 63
 _MAX_DIMS: Final = 32
 _MAX_THREADS: Final = 64
+_PAYLOAD_FIELDS: Final = 9
+_PAGE_BYTES: Final = 4096
+_CHUNK_BYTES: Final = 64 * 1024
+_SLOT_BYTES: Final = 8 << 20
 
 
 class FileCalls(ctypes.Structure):
@@ -39,6 +43,9 @@ class FileCalls(ctypes.Structure):
         ("pwrite", TRANSFER_CALL),
         ("pread", TRANSFER_CALL),
         ("wait_ready", WAIT_CALL),
+        # Null: writes go straight or through the page cache, and nothing else is tried.
+        ("pwrite_uncached", ctypes.c_void_p),
+        ("start_writeout", ctypes.c_void_p),
     )
 
 
@@ -233,3 +240,159 @@ def _check_row(row: int, head: list[int], shape: list[int], to: list[int], by: l
         raise ValueError(f"copy_rows: row {row}: more than 2^63 bytes.")
     if 0 in head[:2]:
         raise ValueError(f"copy_rows: row {row}: a null address with bytes to copy.")
+
+
+class Engine:
+    """The staging engine without threads: `begin` copies everything, `attach` writes it.
+
+    Same calls and bytes as the compiled one; memory is that of the saves in flight.
+    """
+
+    def __init__(self, num_copy_threads: int, num_flush_threads: int, cpus: list[int]) -> None:
+        """Start with nothing in flight; the arguments are for threads, of which there are none."""
+        del num_copy_threads, num_flush_threads, cpus
+        self._tickets: dict[int, _Ticket] = {}
+        self._next = 1
+        self._nbytes = 0
+        self._written_bytes = 0
+
+    def close(self, timeout_ms: int) -> bool:
+        """Forget everything."""
+        del timeout_ms
+        self._tickets.clear()
+        return True
+
+    def reserve(self, nbytes: int) -> None:
+        """Note how much memory saves may take."""
+        self._nbytes = max(self._nbytes, nbytes)
+
+    def begin(self, rows: array[int], file_bytes: array[int], check_all: bool) -> int:
+        """Copy every payload of the table; see `shardckpt/csrc/core/ticket.h` for its rows.
+
+        Raises:
+            ValueError: The table is no such encoding.
+        """
+        del check_all  # Nothing runs beside the copy.
+        ticket = _Ticket([bytearray(nbytes) for nbytes in file_bytes], [[] for _ in file_bytes])
+        fields = _int64_fields(rows)
+        position = 0
+        while position < len(fields):
+            head = fields[position : position + _PAYLOAD_FIELDS]
+            if len(head) < _PAYLOAD_FIELDS or not 0 <= head[8] <= _MAX_DIMS * 2:
+                raise ValueError(f"payload row {head} is cut; this is an error of the caller.")
+            source, nbytes, file, offset, _, _, start, item, num_dims = head
+            body = fields[position + _PAYLOAD_FIELDS :][: 2 * num_dims]
+            image = memoryview(ticket.images[file])[offset : offset + nbytes]
+            if num_dims == 0:
+                image[:] = memory(source, nbytes)
+            else:
+                shape, strides = body[:num_dims], body[num_dims:]
+                image[:] = _c_order(source, shape, strides, item)[start : start + nbytes]
+            ticket.payloads[file].append((offset, nbytes))
+            position += _PAYLOAD_FIELDS + 2 * num_dims
+        number, self._next = self._next, self._next + 1
+        self._tickets[number] = ticket
+        return number
+
+    def wait_staged(self, ticket: int, group: int, timeout_ms: int) -> bool:
+        """Return True: `begin` copied everything."""
+        del ticket, group, timeout_ms
+        return True
+
+    def attach(self, ticket: int, file: int, fd: int, direct_fd: int, calls: int) -> None:
+        """Write a file's payloads."""
+        del direct_fd
+        image = self._tickets[ticket].images[file]
+        start = _PAGE_BYTES
+        address = _address_of(image) + start
+        nbytes = len(image) - start
+        code, words = 0, ""
+        if nbytes and calls:
+            if FileCalls.from_address(calls).pwrite(fd, address, nbytes, start) < 0:
+                code = ctypes.get_errno()
+        elif nbytes:
+            try:
+                write_full(fd, address, nbytes, start)
+            except OSError as error:
+                code, words = error.errno or errno.EIO, str(error)
+        if code:
+            self._tickets[ticket].failure = ("write", -1, file, code, words)
+        self._written_bytes += nbytes
+
+    def wait_flushed(self, ticket: int, file: int, timeout_ms: int) -> bool:
+        """Return True: `attach` wrote everything."""
+        del ticket, file, timeout_ms
+        return True
+
+    def take(self, ticket: int, file: int, timeout_ms: int) -> tuple[int, int, int, int] | None:
+        """Return the file's payloads as one extent, once: (extent, address, nbytes, offset)."""
+        del timeout_ms
+        held = self._tickets[ticket]
+        image = held.images[file]
+        if file in held.taken or len(image) == _PAGE_BYTES:
+            return None
+        held.taken.add(file)
+        return file, _address_of(image) + _PAGE_BYTES, len(image) - _PAGE_BYTES, _PAGE_BYTES
+
+    def give(self, ticket: int, extent: int) -> None:
+        """Take note that an extent was written."""
+        self._written_bytes += len(self._tickets[ticket].images[extent])
+
+    def chunk_crcs(self, ticket: int, file: int, seed: int) -> bytes:
+        """Return the checksums of a file's chunks."""
+        held = self._tickets[ticket]
+        address = _address_of(held.images[file])
+        triples = [n for at, nbytes in held.payloads[file] for n in (address + at, nbytes, at)]
+        return chunk_crcs(array("q", triples), seed, _CHUNK_BYTES)
+
+    def failure(self, ticket: int) -> tuple[str, int, int, int, str]:
+        """Return kind ("" none), payload, file, errno and message of a save's first failure."""
+        held = self._tickets.get(ticket)
+        return ("", -1, -1, 0, "") if held is None else held.failure
+
+    def cancel(self, ticket: int, why: str) -> None:
+        """End a save early."""
+        if ticket in self._tickets:
+            self._tickets[ticket].failure = ("cancelled", -1, -1, 0, why)
+
+    def release(self, ticket: int, timeout_ms: int) -> bool:
+        """Forget a save."""
+        del timeout_ms
+        self._tickets.pop(ticket, None)
+        return True
+
+    def set_rate(self, bytes_per_s: int) -> None:
+        """Do nothing: there is no thread to slow down."""
+
+    def set_paused(self, is_paused: bool) -> None:
+        """Do nothing: there is no thread to pause."""
+
+    def stats(self) -> tuple[int, int, int]:
+        """Return slots of 8 MiB, slots free, and bytes written so far."""
+        num_slots = -(-self._nbytes // _SLOT_BYTES)
+        return num_slots, num_slots, self._written_bytes
+
+
+class _Ticket:
+    def __init__(self, images: list[bytearray], payloads: list[list[tuple[int, int]]]) -> None:
+        self.images = images
+        self.payloads = payloads
+        self.taken: set[int] = set()
+        self.failure: tuple[str, int, int, int, str] = ("", -1, -1, 0, "")
+
+
+def memory_limit() -> int:
+    """Return the bytes of memory this machine has; the compiled path knows control groups, too."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def _address_of(image: bytearray) -> int:
+    return ctypes.addressof(ctypes.c_char.from_buffer(image))
+
+
+def _c_order(source: int, shape: list[int], strides: list[int], item: int) -> bytes:
+    """Return the bytes of a strided array in C order."""
+    return b"".join(
+        bytes(memory(source + sum(i * s for i, s in zip(index, strides, strict=True)), item))
+        for index in itertools.product(*(range(n) for n in shape))
+    )

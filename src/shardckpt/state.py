@@ -70,6 +70,8 @@ class Leaf:
         layout: Where the shards lie: a mesh layout; None where every rank that has this key holds a
             whole copy; "boxes" where `shards` are irregular and other ranks hold the rest.
         shards: What this rank holds; empty boxes left out, no replica twice.
+        fence: 0 where it must be copied before `save` returns; else who announces its changes: it
+            may be copied later, until `fence` is called for this number.
     """
 
     key: str
@@ -77,6 +79,7 @@ class Leaf:
     role: str
     layout: MeshLayout | Literal["boxes"] | None
     shards: tuple[Shard, ...]
+    fence: int = 0
 
 
 @dataclass(frozen=True, slots=True)

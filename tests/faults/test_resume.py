@@ -9,7 +9,7 @@ from shardckpt.catalog.store import Catalog
 from shardckpt.checkpointer import CheckpointerCore, load_once
 from shardckpt.errors import CorruptCheckpointError, ShardckptError
 from shardckpt.load.loader import LoadOptions
-from shardckpt.options import Retention
+from shardckpt.options import Retention, Staging
 from shardckpt.storage.local import LocalStorage
 from shardckpt.testing.arrays import ArrayBackend
 from shardckpt.testing.coords import MemoryCoordHub
@@ -27,6 +27,7 @@ def core(place: Path, config: Any = None, **environment: str) -> CheckpointerCor
     return CheckpointerCore(
         LocalStorage(place), ArrayBackend(), MemoryCoordHub(1).coord(0), save_every=None,
         retention=Retention(), config=config, timeout_s=TIMEOUT_S, on_busy="wait",
+        staging=Staging(),
         environment=environment, namespace="job",
     )  # fmt: skip
 

@@ -11,7 +11,7 @@ import numpy as np
 
 from shardckpt.checkpointer import CheckpointerCore
 from shardckpt.geometry.layout import MeshLayout
-from shardckpt.options import Retention
+from shardckpt.options import Retention, Staging
 from shardckpt.state import PerRank
 from shardckpt.storage.local import LocalStorage
 from shardckpt.testing.arrays import ArrayBackend, shard_of
@@ -45,6 +45,7 @@ def make(directory: str) -> None:
         core = CheckpointerCore(
             LocalStorage(directory), ArrayBackend(), hub.coord(rank), save_every=None,
             retention=Retention(), config={"width": 5}, timeout_s=30, on_busy="wait",
+            staging=Staging(),
             environment={"made_by": "golden"}, namespace="golden",
         )  # fmt: skip
         core.save(3, state(rank), metrics={"loss": 0.5}).wait()

@@ -7,12 +7,14 @@ import errno
 import os
 import re
 import threading
+from array import array
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
 
+from shardckpt import native
 from shardckpt.errors import StorageError
 from shardckpt.storage.local import LocalStorage
 from shardckpt.testing.faults import Call, Fault, FaultyFileOps
@@ -327,14 +329,29 @@ def test_a_put_without_hard_links_says_what_to_do(tmp_path: Path) -> None:
 
 
 def _big_write(storage: LocalStorage) -> bytes:
-    data = os.urandom(20 * _MIB + 100)
-    buffer = ctypes.create_string_buffer(len(data) + 4096)
-    address = ctypes.addressof(buffer) + -ctypes.addressof(buffer) % 4096
-    ctypes.memmove(address, data, len(data))
-    writer = storage.create("a.shard", len(data))
-    writer.write(0, address, len(data))
-    writer.commit(len(data))
-    return data
+    """Write 4096 bytes from here and 20 MiB by a native thread."""
+    data = os.urandom(20 * _MIB)
+    payload = ctypes.create_string_buffer(data, len(data))
+    nbytes = 4096 + len(data)
+    engine = native.staging_engine(1, 1, [])
+    engine.reserve(len(data))
+    row = array("q", (ctypes.addressof(payload), len(data), 0, 4096, 0, -1, 0, 1, 0))
+    ticket = engine.begin(row, array("q", (nbytes,)), False)
+    writer = storage.create("a.shard", nbytes)
+    try:
+        writer.write(0, _ADDRESS, 4096)
+        with writer.lend() as lent:
+            engine.attach(ticket, 0, *lent)
+            assert engine.wait_flushed(ticket, 0, 30_000)
+        kind, _, _, code, words = engine.failure(ticket)
+        if kind:
+            writer.fail(OSError(code, words))
+        writer.commit(nbytes)
+    finally:
+        writer.abort()
+        assert engine.release(ticket, 30_000)
+        assert engine.close(30_000)
+    return _BUFFER.raw[:4096] + data
 
 
 def test_large_writes_go_in_extents_of_8_mib(tmp_path: Path) -> None:
@@ -342,10 +359,10 @@ def test_large_writes_go_in_extents_of_8_mib(tmp_path: Path) -> None:
     data = _big_write(storage)
     written = [(call.offset, call.nbytes) for call in ops.calls if call.op == "write_at"]
     assert written == [
-        (0, 8 * _MIB),
-        (8 * _MIB, 8 * _MIB),
-        (16 * _MIB, 4 * _MIB),
-        (20 * _MIB, 100),
+        (0, 4096),
+        (4096, 8 * _MIB),
+        (4096 + 8 * _MIB, 8 * _MIB),
+        (4096 + 16 * _MIB, 4 * _MIB),
     ]
     assert Path(storage.url, "a.shard").read_bytes() == data
 
@@ -353,12 +370,12 @@ def test_large_writes_go_in_extents_of_8_mib(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("fault", "num_writes"),
     [
-        (Fault(errno.EINVAL, "open", "*/a.shard", first=2), 3),
-        (Fault(errno.EOPNOTSUPP, "open", "*/a.shard", first=2), 3),
-        (Fault(errno.EINVAL, "write_at", "*/a.shard"), 5),
+        (Fault(errno.EINVAL, "open", "*/a.shard", first=2), 4),
+        (Fault(errno.EOPNOTSUPP, "open", "*/a.shard", first=2), 4),
         (Fault(errno.EINVAL, "write_at", "*/a.shard", first=2), 5),
+        (Fault(errno.EINVAL, "write_at", "*/a.shard", first=3), 5),
     ],
-    ids=["open", "open-unsupported", "first-write", "second-write"],
+    ids=["open", "open-unsupported", "first-extent", "second-extent"],
 )
 def test_where_o_direct_is_refused_buffered_writes_give_equal_bytes(
     tmp_path: Path, fault: Fault, num_writes: int
@@ -373,18 +390,19 @@ def test_where_o_direct_is_refused_buffered_writes_give_equal_bytes(
 
 def test_after_one_refusal_nothing_more_goes_past_the_page_cache(tmp_path: Path) -> None:
     """So a second EINVAL comes from a buffered write, where it is no refusal but an error."""
-    refusal, failure = (Fault(errno.EINVAL, "write_at", first=first) for first in (1, 3))
+    refusal, failure = (Fault(errno.EINVAL, "write_at", first=first) for first in (2, 4))
     storage, ops = _store(tmp_path, refusal, failure)
     with pytest.raises(StorageError, match="EINVAL"):
         _big_write(storage)
-    assert [call.op for call in ops.calls].count("write_at") == 3
+    assert [call.op for call in ops.calls].count("write_at") == 4
+    assert ops.open_paths() == []
 
 
 def test_another_error_of_a_direct_write_is_no_reason_to_try_again(tmp_path: Path) -> None:
-    storage, ops = _store(tmp_path, Fault(errno.EIO, "write_at"))
+    storage, ops = _store(tmp_path, Fault(errno.EIO, "write_at", first=2))
     with pytest.raises(StorageError, match="EIO"):
         _big_write(storage)
-    assert [call.op for call in ops.calls].count("write_at") == 1
+    assert [call.op for call in ops.calls].count("write_at") == 2
 
 
 def test_a_file_system_that_cannot_reserve_space_is_written_all_the_same(tmp_path: Path) -> None:

@@ -2,11 +2,11 @@
 
 Layer: save. Order of one save, on every rank:
 
-1. wait for the outcome of the save before (one in flight), raise its failure on all ranks at the
-   same call;
-2. describe the state, publish the structure's digest, plan if it is new, stage into the arena,
-   return;
-3. background: learn the attempt's name, write and flush files, report;
+1. wait for the outcome of the save before the last (two in flight), raise its failure on all ranks
+   at the same call;
+2. describe the state, plan if its structure is new, queue it in the staging engine, wait until all
+   is copied that no fence protects, return;
+3. background: say hello, learn the attempt's name, write and flush files, report;
 4. the coordinator commits and publishes the outcome; a rank that hears nothing asks the log, by an
    abort root.
 """
@@ -16,9 +16,10 @@ from __future__ import annotations
 import logging
 import threading
 import time
+from collections import deque
 from concurrent.futures import Future
 from concurrent.futures import wait as wait_futures
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from queue import SimpleQueue
 from typing import TYPE_CHECKING, Any, Final, Literal
 
@@ -32,6 +33,7 @@ from shardckpt.errors import (
     SaveFailedError,
     ShardckptError,
     StorageError,
+    TornCopyError,
     error_named,
 )
 from shardckpt.format.sealed import digest
@@ -41,9 +43,8 @@ from shardckpt.save.plan import RankPlan, rank_plan
 from shardckpt.save.stage import Staged, stage
 from shardckpt.save.structure import encode_structure, structure_of
 from shardckpt.save.write import AttemptId, write_files
-from shardckpt.staging.arena import Arena
 from shardckpt.staging.collector import no_garbage_collection
-from shardckpt.state import Leaf
+from shardckpt.staging.engine import EVERY_GROUP, SLOT_BYTES, make_room, start_engine
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Mapping
@@ -53,10 +54,16 @@ if TYPE_CHECKING:
     from shardckpt.catalog.store import Catalog
     from shardckpt.coord.base import Coord
     from shardckpt.format.root import Root
+    from shardckpt.options import Staging
+    from shardckpt.state import Leaf
 
 _logger = logging.getLogger("shardckpt")
 _GRACE: Final = 1.1
 _SWEEP_S: Final = 30.0
+_MAX_IN_FLIGHT: Final = 2
+_SLICE_MS: Final = 100
+_CLOSE_MS: Final = 1000
+EAGER: Final = 0
 OnBusy = Literal["wait", "skip"]
 
 
@@ -65,14 +72,18 @@ class SaveHandle:
 
     Attributes:
         step: The step.
-        staged: Done once the caller may change its arrays.
+        staged: Done once all arrays are copied; until then code that changes them calls `fence()`.
         committed: True once the step is committed, False where the coordinator skipped it; else its
             error.
+        save_s: Seconds that `save` took.
+        wait_s: Seconds of those in which it waited for earlier saves or for room.
+        fence_s: Seconds that the training waited at fences for this save's copies.
     """
 
     def __init__(self, step: int, timeout_s: float) -> None:
         """Start with nothing done."""
         self.step = step
+        self.save_s = self.wait_s = self.fence_s = 0.0
         self.staged: Future[None] = Future()
         self.committed: Future[bool] = Future()
         self._timeout_s = timeout_s
@@ -100,6 +111,7 @@ class _Job:
     plan_digest: str
     leaves: tuple[Leaf, ...]
     staged: Staged
+    says_hello: bool
     objects: dict[str, msgspec.Raw]
     per_rank: dict[str, msgspec.Raw]
     metrics: dict[str, float]
@@ -121,9 +133,10 @@ class Saver:
         prefix: str,
         timeout_s: float,
         on_busy: OnBusy,
+        staging: Staging,
         to_drop: Callable[[Root], Collection[str]],
     ) -> None:
-        """Start the background thread.
+        """Start the staging engine and the background thread.
 
         Args:
             backend: The framework.
@@ -133,8 +146,12 @@ class Saver:
             described: What goes into manifests besides arrays.
             prefix: Namespace of this job's keys.
             timeout_s: Deadline of each wait.
-            on_busy: What a save does that finds the one before still under way.
+            on_busy: What a save does that finds no room.
+            staging: Memory, threads and pace of the engine.
             to_drop: Retention.
+
+        Raises:
+            StagingMemoryError: There is no memory for it.
         """
         self._backend = backend
         self._catalog = catalog
@@ -146,12 +163,16 @@ class Saver:
         self._on_busy: OnBusy = on_busy
         self._to_drop = to_drop
         self._planner = Planner(coord, f"{prefix}/plans", timeout_s)
-        self._arena = Arena()
+        self._options = staging
+        self._overlaps = staging.overlap
+        self._engine = start_engine(staging)
         self._count = 0
         self._structure = ""
         self._rank_plan: RankPlan | None = None
         self._plan_digest = ""
-        self._last: SaveHandle | None = None
+        self._in_flight: deque[SaveHandle] = deque()
+        self._staging: tuple[_Job, ...] = ()
+        self._lock = threading.Lock()
         self._fenced: str | None = None
         self._before: Round | None = None
         self._doomed: list[str] = []
@@ -165,12 +186,12 @@ class Saver:
         return self._coord.rank == 0
 
     @property
-    def staging_bytes(self) -> int:
-        """Host memory held for staging."""
-        return self._arena.nbytes
+    def is_staging(self) -> bool:
+        """Whether arrays of some save are still to be copied."""
+        return bool(self._staging)
 
     def save(self, step: int, state: Any, metrics: Mapping[str, float]) -> SaveHandle:
-        """Stage `state` and queue it; returns once the caller may change its arrays.
+        """Queue a save of `state`; returns once all is copied that no fence protects.
 
         Raises:
             ShardckptError: An earlier save failed (raised at the same call on every rank), or with
@@ -178,6 +199,7 @@ class Saver:
         """
         if self._fenced is not None:
             raise FencedError(self._fenced)
+        started = time.monotonic()
         round_ = Round(
             self._coord,
             f"{self._prefix}/save/{self._count}",
@@ -189,64 +211,118 @@ class Saver:
             self._count += 1
             handle.staged.set_result(None)
             handle.committed.set_result(False)
-            _logger.log(self._level, "step %d: skipped, the save before is still under way", step)
+            _logger.log(self._level, "step %d: skipped, earlier saves are still under way", step)
             return handle
-        self.finish_last()
+        while len(self._in_flight) >= _MAX_IN_FLIGHT:
+            self._finish_first()
         self._count += 1
-        self._last = handle
-        started = time.monotonic()
+        handle.wait_s = time.monotonic() - started
+        self._in_flight.append(handle)
         try:
             job = self._stage(step, state, metrics, round_, handle, started)
         except Exception as error:
             self._give_up_early(round_, handle, error)
             return handle
-        handle.staged.set_result(None)
+        with self._lock:
+            self._staging = (*self._staging, job)
+        # First, so that a small ring is emptied while this thread waits for room in it.
         self._jobs.put(job)
+        waited = time.monotonic()
+        self._wait_copied(job, EAGER)
+        self._settle_staged()
+        handle.wait_s += time.monotonic() - waited
+        handle.save_s = time.monotonic() - started
         _logger.log(
-            self._level, "step %d: staged %.1f MiB on rank 0 in %.3f s", step,
-            job.plan.image_bytes / 2**20, time.monotonic() - started,
+            self._level, "step %d: queued %.1f MiB on rank 0, save() took %.3f s", step,
+            job.plan.image_bytes / 2**20, handle.save_s,
         )  # fmt: skip
         return handle
 
-    def finish_last(self) -> None:
-        """Wait for the save under way, if any, and raise its failure once.
+    def fence(self, group: int = EVERY_GROUP) -> None:
+        """Wait until no copy reads arrays of `group` any more, copying here, too; never raises.
+
+        After the deadline the save is given up instead: its failure is raised where saves raise.
+        """
+        for job in self._staging:
+            started = time.monotonic()
+            self._wait_copied(job, group)
+            job.handle.fence_s += time.monotonic() - started
+        if self._staging:
+            self._settle_staged()
+
+    def finish_all(self) -> None:
+        """Wait for every save under way and raise the first failure; later ones stay for later.
 
         Raises:
-            ShardckptError: It failed.
+            ShardckptError: A save failed.
         """
-        last = self._last
-        if last is not None:
-            try:
-                last.wait()
-            finally:
-                if last.committed.done():
-                    self._last = None
+        while self._in_flight:
+            self._finish_first()
 
     def close(self, timeout_s: float | None = None) -> None:
-        """Wait for the save under way, stop the thread, free the arena; raise the last failure.
+        """Wait for the saves under way, stop the threads, free the memory; raise the last failure.
 
         Raises:
-            ShardckptError: The last save failed.
+            ShardckptError: A save failed.
         """
         try:
-            if self._last is not None:
-                self._last.wait(timeout_s)
+            while self._in_flight:
+                self._in_flight.popleft().wait(timeout_s)
         finally:
-            self._last = None
+            self._in_flight.clear()
             self._jobs.put(None)
             # The last save's garbage goes after its outcome is known; a slow disk may leave some.
             self._thread.join(min(_SWEEP_S, self._timeout_s))
             if not self._thread.is_alive():
-                self._arena.release()
+                self._engine.close(_CLOSE_MS)
+
+    def _finish_first(self) -> None:
+        first = self._in_flight[0]
+        try:
+            first.wait()
+        finally:
+            if first.committed.done():
+                self._in_flight.popleft()
+
+    def _wait_copied(self, job: _Job, group: int) -> None:
+        deadline = time.monotonic() + self._timeout_s
+        # In slices, so that a signal's handler runs.
+        while not self._engine.wait_staged(job.staged.ticket, group, _SLICE_MS):
+            if time.monotonic() > deadline:
+                self._engine.cancel(
+                    job.staged.ticket,
+                    f"its arrays were not copied within {self._timeout_s:g} s, because its memory "
+                    "was not written to disk; training goes on without it",
+                )
+                return
+
+    def _settle_staged(self) -> None:
+        """Let go of the arrays of saves that are copied."""
+        with self._lock:
+            left = []
+            for job in self._staging:
+                if self._engine.wait_staged(job.staged.ticket, EVERY_GROUP, 0):
+                    job.staged.owners.clear()
+                    _resolve(job.handle.staged)
+                else:
+                    left.append(job)
+            self._staging = tuple(left)
 
     def _skips(self, round_: Round) -> bool:
         if self._is_coordinator:
-            busy = self._last is not None and not self._last.committed.done()
+            busy = self._is_busy()
             round_.publish("decision", Decision(busy))
             return busy
         return round_.wait(
             "decision", Decision, what="the coordinator's call of save()", grace=_GRACE
         ).skip
+
+    def _is_busy(self) -> bool:
+        under_way = [h for h in self._in_flight if not h.committed.done()]
+        if not under_way or self._rank_plan is None:
+            return bool(under_way)
+        free = self._engine.stats()[1] * SLOT_BYTES
+        return len(under_way) >= _MAX_IN_FLIGHT or free < self._rank_plan.image_bytes
 
     def _stage(
         self,
@@ -263,20 +339,26 @@ class Saver:
         answer: Answer | None = None
         is_new = structure != self._structure or self._rank_plan is None
         if is_new:
+            # Planning shares the planner with the saves under way.
+            wait_futures([h.committed for h in self._in_flight if h is not handle])
             self._planner.offer_structure(data, structure)
-        round_.publish(f"hello/{round_.rank}", Hello(step=step, structure=structure))
-        if is_new:
+            round_.publish(f"hello/{round_.rank}", Hello(step=step, structure=structure))
             answer = self._answer(round_, step)
             plan = self._planner.fetch_plan(answer.plan)
             self._rank_plan = rank_plan(plan, tree.leaves, round_.rank)
             self._structure, self._plan_digest = structure, answer.plan
+            make_room(self._engine, self._options, self._rank_plan.file_bytes)
         assert self._rank_plan is not None
         with no_garbage_collection():
-            staged = stage(self._rank_plan, tree.leaves, self._backend.host_array, self._arena)
+            staged = stage(
+                self._engine, self._rank_plan, tree.leaves, self._backend.host_array,
+                overlap=self._overlaps, check_copies=self._options.check_copies,
+            )  # fmt: skip
             # The job keeps specs and boxes for the table, not the caller's memory.
             leaves = tuple(_without_data(leaf) for leaf in tree.leaves)
         return _Job(
             round_, handle, structure, self._rank_plan, self._plan_digest, leaves, staged,
+            not is_new,
             {key: _raw(value) for key, value in tree.objects.items()},
             {key: _raw(value.value) for key, value in tree.per_rank.items()},
             dict(metrics), answer, started,
@@ -290,7 +372,7 @@ class Saver:
         handle.staged.set_exception(failure)
         handle.committed.set_exception(failure)
         if self._coord.world_size == 1:
-            self._last = None
+            self._in_flight.remove(handle)
             raise failure from error
         _logger.error(
             "step %d: not saved; save() raises at its next call: %s", handle.step, failure
@@ -318,6 +400,8 @@ class Saver:
             self._before = job.round
             if outcome.kind == FencedError.__name__:
                 self._fenced = outcome.message
+            if outcome.kind == TornCopyError.__name__:
+                self._overlaps = False
             seconds = time.monotonic() - job.started
             if outcome.committed:
                 _logger.log(self._level, "step %d: committed in %.2f s", job.handle.step, seconds)
@@ -330,6 +414,11 @@ class Saver:
         """Bring one save to its outcome; never raises."""
         attempt = ""
         try:
+            if job.says_hello:
+                job.round.publish(
+                    f"hello/{job.round.rank}",
+                    Hello(step=job.handle.step, structure=job.structure),
+                )
             answer = job.answer or self._answer(job.round, job.handle.step)
             attempt = answer.attempt
             self._check_plan(job, answer)
@@ -340,9 +429,16 @@ class Saver:
                 "step %d failed on rank %d", job.handle.step, self._coord.rank, exc_info=True
             )
             return self._failed(job, attempt, error)
+        finally:
+            self._let_go(job)
         if self._is_coordinator:
             self._publish(job, outcome)
         return outcome
+
+    def _let_go(self, job: _Job) -> None:
+        # False: a write hangs; its slot and the ticket are lost, the others go on.
+        self._engine.release(job.staged.ticket, _CLOSE_MS)
+        self._settle_staged()
 
     def _check_plan(self, job: _Job, answer: Answer) -> None:
         if answer.plan == job.plan_digest:
@@ -363,8 +459,10 @@ class Saver:
     def _write(self, job: _Job, answer: Answer) -> None:
         attempt = AttemptId(answer.attempt, job.handle.step, job.round.rank, job.round.world_size)
         files = write_files(
-            self._catalog.storage, attempt, job.plan, job.leaves, job.staged, job.per_rank
-        )
+            self._catalog.storage, self._engine, attempt, job.plan, job.leaves,
+            job.staged.ticket, job.per_rank, timeout_s=self._timeout_s,
+            while_waiting=self._settle_staged,
+        )  # fmt: skip
         same = job.structure == answer.structure
         report = Report(
             structure=job.structure,
@@ -450,9 +548,14 @@ class Saver:
         return logging.INFO if self._is_coordinator else logging.DEBUG
 
 
+def _resolve(future: Future[None]) -> None:
+    if not future.done():
+        future.set_result(None)
+
+
 def _without_data(leaf: Leaf) -> Leaf:
     shards = tuple(type(shard)(shard.box, None) for shard in leaf.shards)
-    return Leaf(leaf.key, leaf.spec, leaf.role, leaf.layout, shards)
+    return replace(leaf, shards=shards)
 
 
 def _raw(value: object) -> msgspec.Raw:

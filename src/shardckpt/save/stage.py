@@ -1,93 +1,78 @@
-"""Stage: copy what this rank writes into the arena, laid out as the files will be.
+"""Stage: hand what this rank writes to the engine, laid out as the files will be.
 
-Layer: save. When this returns the caller may change its arrays.
+Layer: save. One table per save for all arrays. When `stage` returns the engine has a ticket, and
+copies by itself what may be copied later.
 """
 
 from __future__ import annotations
 
-import os
 from array import array
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
-from shardckpt import native
-from shardckpt.geometry.flat import ranges_to_boxes
-from shardckpt.geometry.runs import c_strides_bytes
-
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
+    from shardckpt.native import Engine
     from shardckpt.save.plan import RankPlan
-    from shardckpt.staging.arena import Arena
     from shardckpt.state import HostArray, Leaf
 
-NUM_THREADS: Final = max(1, min(4, len(os.sched_getaffinity(0))))
+_HOST: Final = -1
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Staged:
-    """A private copy of one rank's payloads.
+    """A save in the engine's hands.
 
     Attributes:
-        address: Where the image of file 0 starts.
-        file_addresses: Where the image of each file starts.
+        ticket: Its number.
+        owners: What keeps the memory of its arrays alive; dropped once all are copied.
     """
 
-    address: int
-    file_addresses: tuple[int, ...]
+    ticket: int
+    owners: list[object]
 
 
 def stage(
+    engine: Engine,
     plan: RankPlan,
     leaves: Sequence[Leaf],
     host_array: Callable[[object], HostArray],
-    arena: Arena,
-    num_threads: int = NUM_THREADS,
+    *,
+    overlap: bool,
+    check_copies: bool,
 ) -> Staged:
-    """Copy every payload to its place in the arena.
+    """Queue every payload; nothing needs to be copied yet when this returns.
 
     Args:
+        engine: Has room reserved.
         plan: What goes where.
         leaves: The state's arrays, as planned.
         host_array: The backend's view of a shard on the host.
-        arena: Free to use.
-        num_threads: Threads that copy.
-
-    Raises:
-        MemoryError: The arena cannot grow to the image.
+        overlap: Whether arrays with a fence may be copied later; else all belong to group 0.
+        check_copies: Compare every late copy with its array as it is now.
     """
-    base = arena.reserve(plan.image_bytes)
-    addresses: list[int] = []
-    for nbytes in plan.file_bytes:
-        addresses.append(base)
-        base += nbytes
     rows = array("q")
     owners: list[object] = []
     for payload in plan.payloads:
-        source = host_array(leaves[payload.leaf].shards[payload.shard].data)
-        owners.append(source)
-        destination = addresses[payload.file] + payload.offset
+        leaf = leaves[payload.leaf]
+        source = host_array(leaf.shards[payload.shard].data)
+        owners.append(source.owner)
+        fence = leaf.fence if overlap else 0
         if source.is_contiguous:
-            rows.extend((destination, source.address + payload.start, 1, 1, payload.nbytes, 1, 1))
+            rows.extend(
+                (
+                    source.address + payload.start, payload.nbytes, payload.file, payload.offset,
+                    fence, _HOST, 0, 1, 0,
+                )
+            )  # fmt: skip
         else:
-            _strided_rows(rows, destination, source, payload.start, payload.nbytes)
-    native.copy_rows(rows, num_threads)
-    return Staged(addresses[0] if addresses else 0, tuple(addresses))
-
-
-def _strided_rows(
-    rows: array[int], destination: int, source: HostArray, start: int, nbytes: int
-) -> None:
-    """Append copies of bytes `[start, start + nbytes)` of a strided array's C-order bytes."""
-    item = source.itemsize_bytes
-    first, last = start // item, (start + nbytes) // item
-    for box in ranges_to_boxes(first, last, source.shape):
-        address = source.address + sum(
-            o * s for o, s in zip(box.offsets, source.strides_bytes, strict=True)
-        )
-        packed = c_strides_bytes(box.shape, item)
-        rows.extend((destination, address, item, len(box.shape)))
-        rows.extend(box.shape)
-        rows.extend(packed)
-        rows.extend(source.strides_bytes)
-        destination += box.num_elements * item
+            rows.extend(
+                (
+                    source.address, payload.nbytes, payload.file, payload.offset, fence, _HOST,
+                    payload.start, source.itemsize_bytes, len(source.shape), *source.shape,
+                    *source.strides_bytes,
+                )
+            )  # fmt: skip
+    ticket = engine.begin(rows, array("q", plan.file_bytes), check_copies)
+    return Staged(ticket, owners)

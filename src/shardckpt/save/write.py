@@ -1,25 +1,25 @@
 """Write: this rank's shard files, checksummed, flushed and named durably.
 
-Layer: save. Files are written by a few threads while another one checksums the same memory; the
-table with the checksums goes last. A file is only reported once its flush, close and directory
-flush succeeded.
+Layer: save. The engine's threads write the payloads as they are copied; header and table are
+written here, the table with the checksums last. A file is only reported once its flush, close and
+directory flush succeeded.
 """
 
 from __future__ import annotations
 
 import ctypes
-from array import array
-from concurrent.futures import Future, ThreadPoolExecutor
+import os
+import time
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
 import msgspec
 
-from shardckpt import native
+from shardckpt.errors import DeadlineError, SaveFailedError, TornCopyError
 from shardckpt.format.manifest import shard_key
 from shardckpt.format.root import FORMAT_VERSION
 from shardckpt.format.shard_file import (
-    CHUNK_BYTES,
     TRAILER_BYTES,
     Table,
     crc_seed,
@@ -29,15 +29,18 @@ from shardckpt.format.shard_file import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
+    from shardckpt.native import Engine
     from shardckpt.save.plan import Payload, RankPlan
-    from shardckpt.save.stage import Staged
     from shardckpt.state import Leaf
     from shardckpt.storage.base import Storage, Writer
 
-_EXTENT_BYTES: Final = 8 << 20
-_NUM_WRITERS: Final = 2
+_SLICE_MS: Final = 100
+_TAKE_MS: Final = 10
+_LAST_WAIT_MS: Final = 1000
+# Descriptors that a hanging write may still use are never closed.
+_hung: list[ExitStack] = []
 
 
 class FileReport(msgspec.Struct, frozen=True):
@@ -61,88 +64,169 @@ class AttemptId:
 
 def write_files(
     storage: Storage,
+    engine: Engine,
     attempt: AttemptId,
     plan: RankPlan,
     leaves: Sequence[Leaf],
-    staged: Staged,
+    ticket: int,
     per_rank: Mapping[str, msgspec.Raw],
+    *,
+    timeout_s: float,
+    while_waiting: Callable[[], None],
 ) -> list[FileReport]:
     """Write and flush every file of this rank; return them in order.
 
+    Args:
+        storage: The store.
+        engine: Holds the save.
+        attempt: Where to.
+        plan: What goes where.
+        leaves: The state's arrays, as planned.
+        ticket: The save.
+        per_rank: Values of this rank alone.
+        timeout_s: How long nothing at all may be written.
+        while_waiting: Called ten times a second.
+
     Raises:
         StorageError: A write or flush failed in any thread; the attempt must fail.
+        TornCopyError: An array changed while it was copied.
+        DeadlineError: The disk hangs.
+        SaveFailedError: The save was given up.
     """
-    reports: list[FileReport] = []
     by_file: list[list[Payload]] = [[] for _ in plan.file_bytes]
     for payload in plan.payloads:
         by_file[payload.file].append(payload)
-    with ThreadPoolExecutor(_NUM_WRITERS + 1, thread_name_prefix="shardckpt-write") as pool:
-        for file, payloads in enumerate(by_file):
-            table = _table(attempt, file, payloads, leaves, per_rank if file == 0 else {})
-            reports.append(
-                _write_file(
-                    pool,
-                    storage,
-                    attempt,
-                    file,
-                    payloads,
-                    table,
-                    staged.file_addresses[file],
-                    plan.file_bytes[file],
-                )
-            )
+    reports: list[FileReport] = []
+    writers: list[Writer] = []
+    try:
+        for file, nbytes in enumerate(plan.file_bytes):
+            key = shard_key(attempt.attempt, attempt.rank, file, attempt.world_size)
+            writers.append(storage.create(key, nbytes))
+            header = encode_header(attempt.attempt, attempt.rank, file)
+            writers[file].write(0, _address_of(header), len(header))
+        # All at once: in a small ring, extents of a later file may hold the slots.
+        _write_extents(engine, ticket, writers, timeout_s, while_waiting)
+        _raise_failure(engine, ticket, plan, leaves)
+        for file, (writer, nbytes) in enumerate(zip(writers, plan.file_bytes, strict=True)):
+            table = _table(attempt, file, by_file[file], leaves, per_rank if file == 0 else {})
+            crcs = _chunk_crcs(engine, ticket, attempt, file, plan, leaves)
+            tail, table_digest = encode_tail(msgspec.structs.replace(table, crcs=crcs), nbytes)
+            writer.write(nbytes, _address_of(tail), len(tail))
+            writer.commit(nbytes + len(tail))
+            table_bytes = len(tail) - TRAILER_BYTES
+            reports.append(FileReport(nbytes + len(tail), nbytes, table_bytes, table_digest))
+    except BaseException:
+        for writer in writers[len(reports) :]:
+            writer.abort()
+        raise
     return reports
 
 
-def _write_file(
-    pool: ThreadPoolExecutor,
-    storage: Storage,
+def _write_extents(
+    engine: Engine,
+    ticket: int,
+    writers: Sequence[Writer],
+    timeout_s: float,
+    while_waiting: Callable[[], None],
+) -> None:
+    """Have all extents written; a save that failed otherwise is told by `_raise_failure` alone."""
+    is_late = False
+    with ExitStack() as held:
+        for file, writer in enumerate(writers):
+            lent = writer.lend()
+            if lent is None:
+                _write_taken(engine, ticket, writers, while_waiting)
+                return
+            target = held.enter_context(lent)
+            engine.attach(ticket, file, target.fd, target.direct_fd, target.calls)
+        progress = _Progress(engine, timeout_s)
+        for file in range(len(writers)):
+            while not is_late and not engine.wait_flushed(ticket, file, _SLICE_MS):
+                while_waiting()
+                is_late = progress.is_late()
+        if is_late:
+            engine.cancel(ticket, "the disk hangs")
+            if not all(engine.wait_flushed(ticket, f, _LAST_WAIT_MS) for f in range(len(writers))):
+                # A thread sits in a write and may use the descriptors for ever.
+                _hung.append(held.pop_all())
+    if is_late:
+        raise DeadlineError(
+            f"this rank wrote nothing for more than {timeout_s:g} s: the file system hangs, or "
+            "the optimizer's step does not come"
+        )
+    kind, _, file, code, message = engine.failure(ticket)
+    if kind == "write":
+        writers[file].fail(OSError(code, os.strerror(code), message))
+
+
+def _write_taken(
+    engine: Engine, ticket: int, writers: Sequence[Writer], while_waiting: Callable[[], None]
+) -> None:
+    """Write what is staged here, where no descriptors lead to the files."""
+    left = set(range(len(writers)))
+    while left:
+        while_waiting()
+        for file in sorted(left):
+            extent = engine.take(ticket, file, _TAKE_MS)
+            if extent is None:
+                left.discard(file)
+                continue
+            number, address, nbytes, offset = extent
+            if nbytes:
+                try:
+                    writers[file].write(offset, address, nbytes)
+                finally:
+                    engine.give(ticket, number)
+
+
+def _chunk_crcs(
+    engine: Engine,
+    ticket: int,
     attempt: AttemptId,
     file: int,
-    payloads: Sequence[Payload],
-    table: Table,
-    address: int,
-    nbytes: int,
-) -> FileReport:
-    key = shard_key(attempt.attempt, attempt.rank, file, attempt.world_size)
-    header = encode_header(attempt.attempt, attempt.rank, file)
-    ctypes.memmove(address, header, len(header))
+    plan: RankPlan,
+    leaves: Sequence[Leaf],
+) -> str:
     seed = crc_seed(attempt.attempt, attempt.rank, file)
-    checksums = pool.submit(_checksums, payloads, address, seed)
-    writer = storage.create(key, nbytes)
     try:
-        _write_extents(pool, writer, address, nbytes)
-        table = msgspec.structs.replace(table, crcs=encode_crcs(checksums.result()))
-        tail, table_digest = encode_tail(table, nbytes)
-        writer.write(nbytes, _address_of(tail), len(tail))
-        writer.commit(nbytes + len(tail))
-    except BaseException:
-        checksums.cancel()
-        writer.abort()
+        return encode_crcs(engine.chunk_crcs(ticket, file, seed))
+    except ValueError:
+        # With check_copies: only now was a copy found to differ.
+        _raise_failure(engine, ticket, plan, leaves)
         raise
-    table_bytes = len(tail) - TRAILER_BYTES
-    return FileReport(nbytes + len(tail), nbytes, table_bytes, table_digest)
 
 
-def _write_extents(pool: ThreadPoolExecutor, writer: Writer, address: int, nbytes: int) -> None:
-    """Write the image in extents; raise the first error once all threads have stopped."""
-    starts = range(0, nbytes, _EXTENT_BYTES)
+class _Progress:
+    """Tells a disk that hangs from one that is slow."""
 
-    def run(first: int) -> None:
-        for start in starts[first::_NUM_WRITERS]:
-            writer.write(start, address + start, min(_EXTENT_BYTES, nbytes - start))
+    def __init__(self, engine: Engine, timeout_s: float) -> None:
+        """Start the clock."""
+        self._engine = engine
+        self._timeout_s = timeout_s
+        self._seen = -1
+        self._since = time.monotonic()
 
-    running: list[Future[None]] = [pool.submit(run, i) for i in range(_NUM_WRITERS)]
-    errors = [error for error in (future.exception() for future in running) if error is not None]
-    if errors:
-        raise errors[0]
+    def is_late(self) -> bool:
+        """Return whether the engine wrote nothing for the whole timeout."""
+        written = self._engine.stats()[2]
+        now = time.monotonic()
+        if written != self._seen:
+            self._seen, self._since = written, now
+        return now - self._since > self._timeout_s
 
 
-def _checksums(payloads: Sequence[Payload], address: int, seed: int) -> bytes:
-    rows = array("q")
-    for payload in payloads:
-        rows.extend((address + payload.offset, payload.nbytes, payload.offset))
-    return native.chunk_crcs(rows, seed, CHUNK_BYTES)
+def _raise_failure(engine: Engine, ticket: int, plan: RankPlan, leaves: Sequence[Leaf]) -> None:
+    kind, payload, _, _, message = engine.failure(ticket)
+    if kind in ("torn", "gone"):
+        key = leaves[plan.payloads[payload].leaf].key
+        what = "was freed" if kind == "gone" else "changed"
+        raise TornCopyError(
+            f"key {key!r}: its memory {what} while it was being copied. Call fence() before code "
+            "that changes saved arrays outside of optimizer.step(). Until the end of this run, "
+            "saves now copy everything before save() returns."
+        )
+    if kind:
+        raise SaveFailedError(f"the save was given up: {message or kind}")
 
 
 def _table(

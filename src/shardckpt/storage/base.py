@@ -6,10 +6,25 @@ Layer: storage. Keys are `/`-joined names of `[A-Za-z0-9._-]`, never absolute, n
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+    from contextlib import AbstractContextManager
+
+
+class LentFile(NamedTuple):
+    """What native threads write a file by.
+
+    Attributes:
+        fd: Descriptor for buffered writes.
+        direct_fd: The same file past the page cache, or -1.
+        calls: `FileOps.native_calls()`.
+    """
+
+    fd: int
+    direct_fd: int
+    calls: int
 
 
 class Writer(Protocol):
@@ -20,6 +35,20 @@ class Writer(Protocol):
 
         Raises:
             StorageError: The write failed; the object must be given up.
+        """
+
+    def lend(self) -> AbstractContextManager[LentFile] | None:
+        """Lend the file to native threads for the block; None where no descriptor leads to it.
+
+        Raises:
+            StorageError: An earlier write failed.
+        """
+
+    def fail(self, error: OSError) -> None:
+        """Take note that a native write failed, and raise it.
+
+        Raises:
+            StorageError: Always.
         """
 
     def commit(self, nbytes: int) -> None:

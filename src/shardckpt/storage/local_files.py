@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Final, final
 
 from shardckpt.errors import StorageError
+from shardckpt.storage.base import LentFile
 from shardckpt.storage.failure import storage_error, storage_errors
 from shardckpt.storage.fileops import close_unwritten
 
@@ -27,8 +28,6 @@ _LOG: Final = logging.getLogger("shardckpt.storage")
 _WRITE_FLAGS: Final = os.O_WRONLY | os.O_NOFOLLOW
 # O_NONBLOCK: opening a FIFO somebody planted must not wait for its other end.
 _READ_FLAGS: Final = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK
-_ALIGNMENT_BYTES: Final = 4096
-_EXTENT_BYTES: Final = 8 << 20
 _DIRECT_FROM_BYTES: Final = 1 << 20
 _NOT_SUPPORTED: Final = frozenset({errno.EINVAL, errno.EOPNOTSUPP, errno.ENOSYS})
 
@@ -116,7 +115,7 @@ class LocalWriter:
         self._dir_fd: Final = dir_fd
         self._fds = [fd]
         self._fd: Final = fd
-        self._direct_fd: int | None = None
+        self._direct_fd = -1
         self._failure: BaseException | None = None
         self._is_committed = False
         self._calls: Final = _Calls(self._give_up)
@@ -150,10 +149,30 @@ class LocalWriter:
             self._check_unharmed("write")
             try:
                 with storage_errors(f"write bytes {offset} to {offset + nbytes} of", self._path):
-                    self._write_ranges(offset, address, nbytes)
+                    self._ops.write_at(self._fd, address, nbytes, offset)
             except BaseException as error:
                 self._failure = self._failure or error
                 raise
+
+    @contextmanager
+    def lend(self) -> Iterator[LentFile]:
+        """Lend the descriptors to native threads for the block.
+
+        Raises:
+            StorageError: An earlier write failed.
+        """
+        with self._calls.inside("write", self._path):
+            self._check_unharmed("write")
+            yield LentFile(self._fd, self._direct_fd, self._ops.native_calls())
+
+    def fail(self, error: OSError) -> None:
+        """Take note that a native write failed, and raise it.
+
+        Raises:
+            StorageError: Always.
+        """
+        self._failure = self._failure or storage_error("write", self._path, error)
+        raise self._failure from error
 
     def commit(self, nbytes: int) -> None:
         """Cut the file to `nbytes` and make it durable, name included; never retried.
@@ -219,35 +238,6 @@ class LocalWriter:
                 "this store"
             )
         self._direct_fd = fd
-
-    def _write_ranges(self, offset: int, address: int, nbytes: int) -> None:
-        head, middle = (
-            _aligned_part(offset, address, nbytes) if self._direct_fd is not None else (nbytes, 0)
-        )
-        self._write_buffered(offset, address, head)
-        for start in range(head, head + middle, _EXTENT_BYTES):
-            size = min(_EXTENT_BYTES, head + middle - start)
-            self._write_direct(offset + start, address + start, size)
-        done = head + middle
-        self._write_buffered(offset + done, address + done, nbytes - done)
-
-    def _write_direct(self, offset: int, address: int, nbytes: int) -> None:
-        fd = self._direct_fd
-        if fd is not None:
-            try:
-                self._ops.write_at(fd, address, nbytes, offset)
-            except OSError as error:
-                if error.errno != errno.EINVAL:
-                    raise
-                self._direct_fd = None  # A larger block size than ours: buffered from now on.
-            else:
-                return
-        self._write_buffered(offset, address, nbytes)
-
-    def _write_buffered(self, offset: int, address: int, nbytes: int) -> None:
-        for start in range(0, nbytes, _EXTENT_BYTES):
-            size = min(_EXTENT_BYTES, nbytes - start)
-            self._ops.write_at(self._fd, address + start, size, offset + start)
 
     def _give_up(self) -> None:
         """Close everything and remove an uncommitted file; failures are only logged."""
@@ -329,11 +319,3 @@ def _check_regular(name: str, status: os.stat_result, directory: os.stat_result)
             f"{name} has {status.st_nlink} names and belongs to user {status.st_uid}, neither us "
             "nor the owner of its directory, so it is not opened; look who linked it and remove it"
         )
-
-
-def _aligned_part(offset: int, address: int, nbytes: int) -> tuple[int, int]:
-    """Return how many bytes come before the part fit for O_DIRECT, and how many that part has."""
-    if (offset - address) % _ALIGNMENT_BYTES:
-        return nbytes, 0
-    head = min(-offset % _ALIGNMENT_BYTES, nbytes)
-    return head, (nbytes - head) // _ALIGNMENT_BYTES * _ALIGNMENT_BYTES

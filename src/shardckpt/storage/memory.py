@@ -182,6 +182,17 @@ class MemoryWriter:
             self._data.extend(bytes(max(0, offset + nbytes - len(self._data))))
             self._data[offset : offset + nbytes] = data
 
+    def lend(self) -> None:
+        """Return None: there is no descriptor."""
+
+    def fail(self, error: OSError) -> None:
+        """Raise the failure of a native write; none can be.
+
+        Raises:
+            StorageError: Always.
+        """
+        raise StorageError(f"cannot write {self._key}: {error}") from error
+
     def commit(self, nbytes: int) -> None:
         """Cut the object to `nbytes` and make it visible.
 

@@ -14,7 +14,7 @@ import numpy as np
 from shardckpt.checkpointer import CheckpointerCore
 from shardckpt.geometry.layout import MeshLayout
 from shardckpt.load.loader import LoadOptions
-from shardckpt.options import Retention
+from shardckpt.options import Retention, Staging
 from shardckpt.testing.arrays import ArrayBackend, Sharded, shard_of
 from shardckpt.testing.coords import MemoryCoordHub
 
@@ -73,6 +73,7 @@ class JobOptions:
     retention: Retention = field(default_factory=lambda: Retention(last=2))
     timeout_s: float = 10.0
     on_busy: OnBusy = "wait"
+    staging: Staging = field(default_factory=Staging)
 
 
 def open_job(
@@ -86,6 +87,7 @@ def open_job(
     return CheckpointerCore(
         storage, ArrayBackend(), coord, save_every=None, retention=options.retention,
         config={"lr": 0.1}, timeout_s=options.timeout_s, on_busy=options.on_busy,
+        staging=options.staging,
         environment={}, namespace=namespace,
     )  # fmt: skip
 

@@ -20,7 +20,7 @@ from shardckpt.checkpointer import (
     load_once,
 )
 from shardckpt.load.loader import LoadOptions
-from shardckpt.options import Every, Retention
+from shardckpt.options import Every, Retention, Staging
 from shardckpt.provenance import environment_facts
 from shardckpt.save.saver import OnBusy, SaveHandle
 from shardckpt.storage.open import open_storage
@@ -58,6 +58,7 @@ class Checkpointer:
         config: Any = None,
         timeout_s: float = DEFAULT_TIMEOUT_S,
         on_busy: OnBusy = "wait",
+        staging: Staging | None = None,
         coord: Coord | None = None,
     ) -> None:
         """Open the store and become its writer; an older job is fenced from now on.
@@ -69,7 +70,8 @@ class Checkpointer:
             config: Plain values (dict of hyperparameters) saved beside the state and compared at
                 restore.
             timeout_s: Seconds after which any wait for another rank fails, naming who is missing.
-            on_busy: "wait" or "skip": what a save does that finds the one before still under way.
+            on_busy: "wait" or "skip": what a save does that finds no room for its copies.
+            staging: How saves are copied and written beside the training.
             coord: How ranks agree; by default the store of torch.distributed, or one rank alone.
 
         Raises:
@@ -81,7 +83,8 @@ class Checkpointer:
         self._core = CheckpointerCore(
             _storage(url), TorchBackend(), used,
             save_every=save_every, retention=retention or Retention(), config=config,
-            timeout_s=timeout_s, on_busy=on_busy, environment=_environment(used.world_size),
+            timeout_s=timeout_s, on_busy=on_busy, staging=staging or Staging(),
+            environment=_environment(used.world_size),
             namespace=_namespace(coord),
         )  # fmt: skip
 
@@ -164,9 +167,9 @@ class Checkpointer:
         """
         self._core.pin(step, pinned=pinned)
 
-    def wait_staged(self) -> None:
-        """Return once weights may be changed by hand, outside the optimizer."""
-        self._core.wait_staged()
+    def fence(self) -> None:
+        """Return once saved arrays may be changed outside of `optimizer.step()`; never raises."""
+        self._core.fence()
 
     def wait(self) -> None:
         """Wait for the save under way.
