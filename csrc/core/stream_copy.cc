@@ -5,6 +5,7 @@
 #include <cstring>
 
 #include "core/crc32c.h"
+#include "core/stream_copy_paths.h"
 
 namespace shardckpt {
 namespace {
@@ -29,6 +30,12 @@ uint32_t MemcpyCopyAndCrc(uint32_t initial, void* dst, const void* src, size_t s
 }
 
 constexpr StreamCopyPath kPaths[] = {
+#if defined(__x86_64__)
+    {"avx512", stream::HasVpclmul, stream::CopyVpclmul, stream::CopyAndCrcVpclmul},
+    {"avx2", stream::HasThreeWay, stream::CopyThreeWay, stream::CopyAndCrcThreeWay},
+#elif defined(__aarch64__)
+    {"armv8", stream::HasThreeWay, stream::CopyThreeWay, stream::CopyAndCrcThreeWay},
+#endif
     {"memcpy", [] { return true; }, MemcpyCopy, MemcpyCopyAndCrc},
 };
 

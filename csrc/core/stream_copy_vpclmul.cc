@@ -1,0 +1,90 @@
+// Compiled with AVX-512 flags: keep every inline function out of this file that another file also
+// emits, or the linker may hand that file our instructions.
+#if defined(__x86_64__)
+
+#include <cstring>
+
+#include "core/crc32c_fold.h"
+#include "core/crc32c_paths.h"
+#include "core/stream_copy_paths.h"
+
+namespace shardckpt::stream {
+namespace {
+
+using crc::Block;
+using crc::kBlockBytes;
+
+constexpr size_t kLineBytes = 64;
+// The processor's own prefetching leaves a sixth of the bandwidth unused; this far ahead is enough.
+constexpr size_t kAheadBytes = 1024;
+
+// Bytes before the first whole line of `dst`, at most `size_bytes`.
+inline size_t HeadBytes(const uint8_t* dst, size_t size_bytes) {
+  const size_t head_bytes = -reinterpret_cast<uintptr_t>(dst) % kLineBytes;
+  return head_bytes < size_bytes ? head_bytes : size_bytes;
+}
+
+// All loads come before the first store, which keeps the lines of `dst` whole on their way out.
+inline Block CopyBlock(uint8_t* dst, const uint8_t* src) {
+  for (size_t i = 0; i < kBlockBytes; i += kLineBytes) {
+    _mm_prefetch(reinterpret_cast<const char*>(src + kAheadBytes + i), _MM_HINT_T0);
+  }
+  const Block block = crc::LoadBlock(src);
+  _mm512_stream_si512(reinterpret_cast<__m512i*>(dst), block.x0);
+  _mm512_stream_si512(reinterpret_cast<__m512i*>(dst + 64), block.x1);
+  _mm512_stream_si512(reinterpret_cast<__m512i*>(dst + 128), block.x2);
+  _mm512_stream_si512(reinterpret_cast<__m512i*>(dst + 192), block.x3);
+  return block;
+}
+
+}  // namespace
+
+bool HasVpclmul() { return crc::HasVpclmul(); }
+
+void CopyVpclmul(void* dst, const void* src, size_t size_bytes) {
+  auto* to = static_cast<uint8_t*>(dst);
+  const auto* from = static_cast<const uint8_t*>(src);
+  const uint8_t* end = from + size_bytes;
+  if (const size_t head_bytes = HeadBytes(to, size_bytes); head_bytes > 0) {
+    std::memcpy(to, from, head_bytes);
+    to += head_bytes;
+    from += head_bytes;
+  }
+  for (; static_cast<size_t>(end - from) >= kBlockBytes; to += kBlockBytes, from += kBlockBytes) {
+    CopyBlock(to, from);
+  }
+  if (from < end) std::memcpy(to, from, static_cast<size_t>(end - from));
+  _mm_sfence();
+}
+
+uint32_t CopyAndCrcVpclmul(uint32_t initial, void* dst, const void* src, size_t size_bytes) {
+  auto* to = static_cast<uint8_t*>(dst);
+  const auto* from = static_cast<const uint8_t*>(src);
+  const uint8_t* end = from + size_bytes;
+  uint32_t crc = initial;
+  if (const size_t head_bytes = HeadBytes(to, size_bytes); head_bytes > 0) {
+    crc = crc::ThreeWay(crc, from, head_bytes);
+    std::memcpy(to, from, head_bytes);
+    to += head_bytes;
+    from += head_bytes;
+  }
+  if (static_cast<size_t>(end - from) >= kBlockBytes) {
+    const __m512i by_block = crc::Factors<8 * kBlockBytes>();
+    Block block = crc::StartFrom(crc, CopyBlock(to, from));
+    for (to += kBlockBytes, from += kBlockBytes; static_cast<size_t>(end - from) >= kBlockBytes;
+         to += kBlockBytes, from += kBlockBytes) {
+      block = crc::FoldBlock(block, by_block, CopyBlock(to, from));
+    }
+    crc = crc::Reduce(crc::JoinBlock(block));
+  }
+  if (from < end) {
+    crc = crc::ThreeWay(crc, from, static_cast<size_t>(end - from));
+    std::memcpy(to, from, static_cast<size_t>(end - from));
+  }
+  _mm_sfence();
+  return crc;
+}
+
+}  // namespace shardckpt::stream
+
+#endif  // defined(__x86_64__)
