@@ -12,9 +12,10 @@
 
 namespace shardckpt {
 
-// Copies `size_bytes` from `src` to `dst` and returns Crc32c(initial, src, size_bytes), reading
-// each byte of memory once. Any alignment; the two must not overlap. The stores are fenced at the
-// end, so that `dst` may be handed to another thread like any memory.
+// Copies `size_bytes` from `src` to `dst` and returns Crc32c(initial, src, size_bytes), all in one
+// pass over memory. Any alignment; the two must not overlap, and `src` must not change meanwhile,
+// or the value may belong to neither state. The stores are fenced at the end, so that `dst` may be
+// handed to another thread like any memory.
 uint32_t CopyAndCrc(uint32_t initial, void* dst, const void* src, size_t size_bytes);
 
 // The same without a checksum.

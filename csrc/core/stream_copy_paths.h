@@ -11,6 +11,16 @@
 
 namespace shardckpt::stream {
 
+// Stores past the caches pay for whole lines only.
+inline constexpr size_t kLineBytes = 64;
+
+// Returns the bytes before the first whole line of `dst`, at most `size_bytes`. Static, so that no
+// path emits code that another could be linked to.
+static inline size_t HeadBytes(const void* dst, size_t size_bytes) {
+  const size_t head_bytes = -reinterpret_cast<uintptr_t>(dst) % kLineBytes;
+  return head_bytes < size_bytes ? head_bytes : size_bytes;
+}
+
 #if defined(__x86_64__) || defined(__aarch64__)
 // The widest stores past the caches that go with the CRC instruction: AVX2, or STNP on ARM.
 bool HasThreeWay();

@@ -14,15 +14,8 @@ namespace {
 using crc::Block;
 using crc::kBlockBytes;
 
-constexpr size_t kLineBytes = 64;
 // The processor's own prefetching leaves a sixth of the bandwidth unused; this far ahead is enough.
 constexpr size_t kAheadBytes = 1024;
-
-// Bytes before the first whole line of `dst`, at most `size_bytes`.
-inline size_t HeadBytes(const uint8_t* dst, size_t size_bytes) {
-  const size_t head_bytes = -reinterpret_cast<uintptr_t>(dst) % kLineBytes;
-  return head_bytes < size_bytes ? head_bytes : size_bytes;
-}
 
 // All loads come before the first store, which keeps the lines of `dst` whole on their way out.
 inline Block CopyBlock(uint8_t* dst, const uint8_t* src) {
@@ -44,45 +37,32 @@ bool HasVpclmul() { return crc::HasVpclmul(); }
 void CopyVpclmul(void* dst, const void* src, size_t size_bytes) {
   auto* to = static_cast<uint8_t*>(dst);
   const auto* from = static_cast<const uint8_t*>(src);
-  const uint8_t* end = from + size_bytes;
-  if (const size_t head_bytes = HeadBytes(to, size_bytes); head_bytes > 0) {
-    std::memcpy(to, from, head_bytes);
-    to += head_bytes;
-    from += head_bytes;
-  }
-  for (; static_cast<size_t>(end - from) >= kBlockBytes; to += kBlockBytes, from += kBlockBytes) {
-    CopyBlock(to, from);
-  }
-  if (from < end) std::memcpy(to, from, static_cast<size_t>(end - from));
+  const size_t head_bytes = HeadBytes(to, size_bytes);
+  if (head_bytes > 0) std::memcpy(to, from, head_bytes);
+  size_t i = head_bytes;
+  for (; size_bytes - i >= kBlockBytes; i += kBlockBytes) CopyBlock(to + i, from + i);
+  if (i < size_bytes) std::memcpy(to + i, from + i, size_bytes - i);
   _mm_sfence();
 }
 
 uint32_t CopyAndCrcVpclmul(uint32_t initial, void* dst, const void* src, size_t size_bytes) {
   auto* to = static_cast<uint8_t*>(dst);
   const auto* from = static_cast<const uint8_t*>(src);
-  const uint8_t* end = from + size_bytes;
-  uint32_t crc = initial;
-  if (const size_t head_bytes = HeadBytes(to, size_bytes); head_bytes > 0) {
-    crc = crc::ThreeWay(crc, from, head_bytes);
-    std::memcpy(to, from, head_bytes);
-    to += head_bytes;
-    from += head_bytes;
-  }
-  if (static_cast<size_t>(end - from) >= kBlockBytes) {
+  const size_t head_bytes = HeadBytes(to, size_bytes);
+  if (head_bytes > 0) std::memcpy(to, from, head_bytes);
+  uint32_t crc = crc::ThreeWay(initial, from, head_bytes);
+  size_t i = head_bytes;
+  if (size_bytes - i >= kBlockBytes) {
     const __m512i by_block = crc::Factors<8 * kBlockBytes>();
-    Block block = crc::StartFrom(crc, CopyBlock(to, from));
-    for (to += kBlockBytes, from += kBlockBytes; static_cast<size_t>(end - from) >= kBlockBytes;
-         to += kBlockBytes, from += kBlockBytes) {
-      block = crc::FoldBlock(block, by_block, CopyBlock(to, from));
+    Block block = crc::StartFrom(crc, CopyBlock(to + i, from + i));
+    for (i += kBlockBytes; size_bytes - i >= kBlockBytes; i += kBlockBytes) {
+      block = crc::FoldBlock(block, by_block, CopyBlock(to + i, from + i));
     }
     crc = crc::Reduce(crc::JoinBlock(block));
   }
-  if (from < end) {
-    crc = crc::ThreeWay(crc, from, static_cast<size_t>(end - from));
-    std::memcpy(to, from, static_cast<size_t>(end - from));
-  }
+  if (i < size_bytes) std::memcpy(to + i, from + i, size_bytes - i);
   _mm_sfence();
-  return crc;
+  return crc::ThreeWay(crc, from + i, size_bytes - i);
 }
 
 }  // namespace shardckpt::stream

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <cstdlib>
 #include <cstring>
 #include <random>
 #include <string>
@@ -75,6 +76,18 @@ TEST(TheMemcpyPathIsThereOnEveryProcessor) {
   EXPECT(!paths.empty(), "no path at all");
   EXPECT(std::strcmp(paths.back().name, "memcpy") == 0, paths.back().name);
   EXPECT(paths.back().is_supported(), "memcpy");
+}
+
+TEST(TheEnvironmentChoosesTheCopyPath) {
+  const char* wanted = std::getenv("SHARDCKPT_COPY");
+  const StreamCopyPath* expected = nullptr;
+  for (const StreamCopyPath& path : StreamCopyPaths()) {
+    if (!path.is_supported()) continue;
+    if (expected == nullptr) expected = &path;  // The fastest, unless one is asked for.
+    if (wanted != nullptr && std::strcmp(path.name, wanted) == 0) expected = &path;
+  }
+  EXPECT(std::strcmp(StreamCopyPathName(), expected->name) == 0,
+         std::string(StreamCopyPathName()) + " instead of " + expected->name);
 }
 
 TEST(NothingMayBeCopiedFromNowhere) {
