@@ -267,6 +267,11 @@ class CheckpointerCore:
         if self._saver is not None and self._saver.is_staging:
             self._saver.fence(EVERY_GROUP if group is None else group)
 
+    def step_began(self) -> None:
+        """Take note that a training step begins; the pace of writing follows the steps' times."""
+        if self._saver is not None:
+            self._saver.step_began()
+
     def wait(self) -> None:
         """Wait for the save under way and raise its failure, alike on all ranks.
 
