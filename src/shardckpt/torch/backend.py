@@ -5,7 +5,7 @@ Layer: torch. No collectives, no process group: what other ranks hold follows fr
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, MutableMapping
+from collections.abc import Iterable, Iterator, Mapping, MutableMapping
 from dataclasses import dataclass, field, replace
 from typing import Any, final
 
@@ -18,6 +18,7 @@ from shardckpt.format.tagged import MAX_DEPTH, decode, encode
 from shardckpt.load.check import is_wanted
 from shardckpt.state import HostArray, Leaf, PerRank, PerRankValue, StateTree
 from shardckpt.torch import copies
+from shardckpt.torch.fences import OptimizerFences
 from shardckpt.torch.leaves import ModuleView
 from shardckpt.torch.objects import (
     ObjectPlan,
@@ -66,9 +67,14 @@ class TorchBackend:
 
     name = "torch"
 
-    def __init__(self) -> None:
-        """Start with nothing cached."""
+    def __init__(self, fences: OptimizerFences | None = None) -> None:
+        """Start with nothing cached.
+
+        Args:
+            fences: Who guards optimizer steps; None: every leaf may change as `save` returns.
+        """
         self._leaves = Leaves()
+        self._fences = fences
 
     def describe(self, state: Mapping[str, Any]) -> StateTree:
         """Return what `state` holds, without copying arrays and without communication.
@@ -81,12 +87,14 @@ class TorchBackend:
         found: list[Leaf] = []
         objects: dict[str, object] = {}
         per_rank: dict[str, PerRankValue] = {}
+        fences = self._fences
+        owners = {} if fences is None else fences.owners(_optimizers(items))
         aliases: dict[str, str] = {}
         for item in items:
             value = item.value
             if isinstance(value, nn.Module):
                 view = modules[item.name]
-                found += view.leaves(self._leaves)
+                found += view.leaves(self._leaves, owners)
                 aliases.update(
                     {f"{item.name}/{a}": f"{item.name}/{b}" for a, b in view.aliases.items()}
                 )
@@ -94,7 +102,9 @@ class TorchBackend:
                     key = f"{item.name}/{name}"
                     objects[key] = encode(extra, key, extension=encode_inline)
             elif isinstance(value, torch.optim.Optimizer):
-                leaves, values = OptimizerView(item.name, value, modules).describe(self._leaves)
+                fence = 0 if fences is None else fences.group_of(value)
+                seen = OptimizerView(item.name, value, modules)
+                leaves, values = seen.describe(self._leaves, fence)
                 found += leaves
                 objects.update(values)
             elif (marked := as_per_rank(value)) is not None:
@@ -223,6 +233,12 @@ def _items(state: Mapping[str, Any], prefix: str, depth: int) -> list[_Item]:
         else:
             items.append(_Item(prefix + key, value, state, key))
     return items
+
+
+def _optimizers(items: Iterable[_Item]) -> Iterator[torch.optim.Optimizer]:
+    for item in items:
+        if isinstance(item.value, torch.optim.Optimizer):
+            yield item.value
 
 
 def _holds_state(value: object, depth: int) -> bool:

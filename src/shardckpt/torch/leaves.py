@@ -8,7 +8,7 @@ state saved under one wrapper loads under another.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, final
+from typing import TYPE_CHECKING, Final, final
 
 import torch
 from torch import nn
@@ -19,10 +19,12 @@ from shardckpt.torch.copies import check_fillable
 from shardckpt.torch.private import EXTRA_STATE, WRAPPER_PARTS, FlatPart
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Mapping
 
     from shardckpt.state import Leaf
     from shardckpt.torch.shards import Leaves
+
+_NOBODY: Final[Mapping[int, int]] = {}
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,6 +64,7 @@ class ModuleView:
         self.flat: dict[str, FlatPart] = {}
         self.aliases: dict[str, str] = {}
         self.extra: dict[str, object] = {}
+        self._twins: dict[str, list[torch.Tensor]] = {}
         self._ddp_paths = private.inner_ddp_paths(self.module)
         if private.is_fsdp1(self.module):
             self._look_at_fsdp1()
@@ -84,21 +87,25 @@ class ModuleView:
             refs.setdefault(id(tensor), ParamRef(name, tensor, None, tied.get(name, ())))
         return refs
 
-    def leaves(self, leaves: Leaves) -> list[Leaf]:
+    def leaves(self, leaves: Leaves, owners: Mapping[int, int] = _NOBODY) -> list[Leaf]:
         """Return the module's leaves, tied tensors once.
+
+        Args:
+            leaves: Makes them.
+            owners: Fence of the optimizer that owns a parameter, by the parameter's identity.
 
         Raises:
             UnsupportedStateError: A tensor cannot be stored exactly.
         """
         prefix = f"{self.name}/"
         found = [
-            leaves.leaf(
-                prefix + name, tensor, "param" if isinstance(tensor, nn.Parameter) else "buffer"
-            )
+            leaves.leaf(prefix + name, tensor, "param", self._fence(name, tensor, owners))
+            if isinstance(tensor, nn.Parameter)
+            else leaves.leaf(prefix + name, tensor, "buffer")
             for name, tensor in self.tensors.items()
         ]
         found += [
-            leaves.flat(prefix + name, part, part.local, "param")
+            leaves.flat(prefix + name, part, part.local, "param", owners.get(id(part.param), 0))
             for name, part in self.flat.items()
         ]
         return found
@@ -149,6 +156,12 @@ class ModuleView:
                         f"{error}"
                     ) from error
                 return
+
+    def _fence(self, name: str, tensor: torch.Tensor, owners: Mapping[int, int]) -> int:
+        fence = owners.get(id(tensor), 0)
+        # Two parameters of one memory may belong to two optimizers.
+        twins = self._twins.get(name)
+        return fence if not twins or all(owners.get(id(t), 0) == fence for t in twins) else 0
 
     def _look_at_fsdp1(self) -> None:
         # state_dict() of FSDP1 gathers; its parts are read from the flat parameters instead.
@@ -207,6 +220,8 @@ class ModuleView:
             ):
                 memory = (tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride())
                 first = by_memory.setdefault(memory, name)
+                if first != name:
+                    self._twins.setdefault(first, []).append(tensor)
             if first != name:
                 self.aliases[name] = first
                 del self.tensors[name]

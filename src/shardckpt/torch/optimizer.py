@@ -85,8 +85,12 @@ class OptimizerView:
             ref.name: ref for group in self.groups for ref in group
         }
 
-    def describe(self, leaves: Leaves) -> tuple[list[Leaf], dict[str, object]]:
+    def describe(self, leaves: Leaves, fence: int) -> tuple[list[Leaf], dict[str, object]]:
         """Return the leaves and objects of the optimizer.
+
+        Args:
+            leaves: Makes the leaves.
+            fence: Group of what changes only in the optimizer's step, or 0.
 
         Raises:
             UnsupportedStateError: A part cannot be stored exactly.
@@ -98,7 +102,7 @@ class OptimizerView:
                 for state_name, value in self.optimizer.state.get(ref.param, {}).items():
                     if isinstance(value, torch.Tensor):
                         key = self._key(ref, state_name)
-                        found.append(self._state_leaf(key, ref, state_name, value, leaves))
+                        found.append(self._state_leaf(key, ref, state_name, value, leaves, fence))
                     else:
                         values.setdefault(ref.name, {})[state_name] = value
         for i, fields in enumerate(self.optimizer.param_groups):
@@ -174,22 +178,28 @@ class OptimizerView:
         return f"{self.name}/state/{ref.name}/{state_name}"
 
     def _state_leaf(
-        self, key: str, ref: ParamRef, state_name: str, tensor: torch.Tensor, leaves: Leaves
+        self,
+        key: str,
+        ref: ParamRef,
+        state_name: str,
+        tensor: torch.Tensor,
+        leaves: Leaves,
+        fence: int = 0,
     ) -> Leaf:
         role = ROLES.get(state_name, "other")
         if leaves.is_dtensor(tensor) or tensor.ndim == 0:
-            return leaves.leaf(key, tensor, role)
+            return leaves.leaf(key, tensor, role, fence)
         if ref.flat is not None:
             if tensor.shape == ref.flat.local.shape:
-                return leaves.flat(key, ref.flat, tensor, role)
+                return leaves.flat(key, ref.flat, tensor, role, fence)
         elif leaves.is_dtensor(ref.param):
             # Plain state beside a DTensor: of the local shape it can only be this rank's part.
             if tensor.shape == private.local_tensor(ref.param).shape:
-                return leaves.sharded(key, ref.param, tensor, role)
+                return leaves.sharded(key, ref.param, tensor, role, fence)
         else:
-            return leaves.leaf(key, tensor, role)
+            return leaves.leaf(key, tensor, role, fence)
         if tensor.numel() == 1:
-            return leaves.leaf(key, tensor, role)
+            return leaves.leaf(key, tensor, role, fence)
         raise UnsupportedStateError(
             f"{key}: a plain tensor of shape {list(tensor.shape)} beside a sharded parameter "
             "of shape "

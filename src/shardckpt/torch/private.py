@@ -193,6 +193,11 @@ def extra_states(module: nn.Module) -> Iterator[tuple[str, object]]:
             yield _joined(path, "", EXTRA_STATE), part.get_extra_state()
 
 
+def runs_step_hooks(optimizer: type) -> bool:
+    """Return whether the class's `step` is wrapped by torch, which calls the hooks."""
+    return bool(getattr(getattr(optimizer, "step", None), "hooked", False))
+
+
 def default_store() -> Any:
     """Return the key-value store of the default process group."""
     from torch.distributed import distributed_c10d

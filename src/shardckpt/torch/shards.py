@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final, final
+from weakref import ref
 
 import torch
 
@@ -31,6 +32,21 @@ _MAX_CACHED: Final = 1 << 17
 class _Mesh:
     shape: Shape
     ranks: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class _Known:
+    """What was found of one tensor, and all that it followed from; keeps no tensor alive."""
+
+    key: str
+    tensor: ref[torch.Tensor]
+    local: ref[torch.Tensor]
+    placed: tuple[object, object, object]
+    shape: torch.Size
+    dtype: torch.dtype
+    spec: ArraySpec
+    layout: MeshLayout | None
+    box: Box | None
 
 
 def cut_order(
@@ -86,36 +102,69 @@ class Leaves:
         self._distinct: dict[tuple[int, tuple[tuple[int, ...], ...]], MeshLayout] = {}
         self._boxes: dict[tuple[int, Shape], Box | None] = {}
         self._specs: dict[tuple[Shape, torch.dtype], tuple[ArraySpec, Box]] = {}
+        self._known: dict[str, _Known] = {}
 
     def begin(self) -> None:
         """Begin a description: rank and imported classes may have changed, ids may be reused."""
         rank = _global_rank()
         if rank != self._rank:
             self._boxes.clear()
+            self._known.clear()
         self._rank = rank
         self._dtensor = dtensor_class()
         self._mesh_by_id.clear()
-        if max(len(self._boxes), len(self._specs), len(self._layouts)) > _MAX_CACHED:
-            for cache in (self._meshes, self._layouts, self._distinct, self._boxes, self._specs):
+        caches = (self._known, self._layouts, self._boxes, self._specs)
+        if max(map(len, caches)) > _MAX_CACHED:
+            for cache in (*caches, self._meshes, self._distinct):
                 cache.clear()
 
     def is_dtensor(self, tensor: torch.Tensor) -> bool:
         """Return whether the tensor is a DTensor."""
         return self._dtensor is not None and isinstance(tensor, self._dtensor)
 
-    def leaf(self, key: str, tensor: torch.Tensor, role: str) -> Leaf:
+    def leaf(self, key: str, tensor: torch.Tensor, role: str, fence: int = 0) -> Leaf:
         """Return the leaf of a DTensor or a plain tensor.
+
+        Args:
+            key: Its key.
+            tensor: The tensor.
+            role: Its role.
+            fence: Group of the only optimizer that changes it, or 0.
 
         Raises:
             UnsupportedStateError: The tensor cannot be stored exactly.
         """
-        if self.is_dtensor(tensor):
-            return self.sharded(key, tensor, local_tensor(tensor), role)
-        check_storable(tensor, key)
-        spec, box = self._spec(key, tuple(tensor.shape), tensor.dtype)
-        return Leaf(key, spec, role, None, (Shard(box, tensor),) if tensor.numel() else ())
+        is_dtensor = self.is_dtensor(tensor)
+        local = local_tensor(tensor) if is_dtensor else tensor
+        known = self._known.get(key)
+        if (
+            known is None
+            or known.tensor() is not tensor
+            or known.local() is not local
+            # `tensor.data = ...` changes what the very same tensor is.
+            or known.shape != local.shape
+            or known.dtype is not local.dtype
+            or local.is_meta
+            or (is_dtensor and known.placed != _placed(tensor))
+        ):
+            placed = _placed(tensor) if is_dtensor else (None, None, None)
+            if is_dtensor:
+                found = self.sharded(key, tensor, local, role)
+            else:
+                check_storable(tensor, key)
+                spec, box = self._spec(key, tuple(tensor.shape), tensor.dtype)
+                found = Leaf(key, spec, role, None, (Shard(box, tensor),) if tensor.numel() else ())
+            assert found.layout != "boxes"
+            known = self._known[key] = _Known(
+                key, ref(tensor), ref(local), placed, local.shape, local.dtype, found.spec,
+                found.layout, found.shards[0].box if found.shards else None,
+            )  # fmt: skip
+        shards = () if known.box is None else (Shard(known.box, local),)
+        return Leaf(known.key, known.spec, role, known.layout, shards, fence if local.is_cpu else 0)
 
-    def sharded(self, key: str, like: Any, local: torch.Tensor, role: str) -> Leaf:
+    def sharded(
+        self, key: str, like: Any, local: torch.Tensor, role: str, fence: int = 0
+    ) -> Leaf:
         """Return the leaf of a local tensor that lies on the mesh as the DTensor `like` does.
 
         Raises:
@@ -136,9 +185,12 @@ class Leaves:
                 f"{list(box.shape)}. "
                 "Make the DTensor with distribute_tensor or fully_shard."
             )
-        return Leaf(key, spec, role, layout, (Shard(box, local),))
+        shards = (Shard(box, local),)
+        return Leaf(key, spec, role, layout, shards, fence if local.is_cpu else 0)
 
-    def flat(self, key: str, part: FlatPart, local: torch.Tensor, role: str) -> Leaf:
+    def flat(
+        self, key: str, part: FlatPart, local: torch.Tensor, role: str, fence: int = 0
+    ) -> Leaf:
         """Return the leaf of FSDP1's flat memory: `local` holds the elements of `part`.
 
         Raises:
@@ -152,7 +204,7 @@ class Leaves:
             stop = offset + box.num_elements
             shards.append(Shard(box, local[offset:stop].view(box.shape)))
             offset = stop
-        return Leaf(key, spec, role, "boxes", tuple(shards))
+        return Leaf(key, spec, role, "boxes", tuple(shards), fence if local.is_cpu else 0)
 
     def layout_of(self, key: str, dtensor: Any) -> MeshLayout:
         """Return the layout of a DTensor.
@@ -213,6 +265,10 @@ class Leaves:
                 raise UnsupportedStateError(f"{key}: tensors of {dtype} cannot be stored")
             known = self._specs[shape, dtype] = (ArraySpec(shape, name), whole(shape))
         return known
+
+
+def _placed(dtensor: Any) -> tuple[object, object, object]:
+    return dtensor.device_mesh, dtensor.placements, dtensor.shape
 
 
 def _global_rank() -> int:
