@@ -26,6 +26,7 @@ from shardckpt.save.saver import OnBusy, SaveHandle
 from shardckpt.storage.open import open_storage
 from shardckpt.torch.backend import TorchBackend
 from shardckpt.torch.coord import default_coord
+from shardckpt.torch.fences import OptimizerFences
 from shardckpt.torch.objects import RngState
 
 if TYPE_CHECKING:
@@ -80,13 +81,17 @@ class Checkpointer:
             DeadlineError: Not all ranks came.
         """
         used = default_coord(timeout_s) if coord is None else coord
+        options = staging or Staging()
+        self._fences = OptimizerFences()
         self._core = CheckpointerCore(
-            _storage(url), TorchBackend(), used,
+            _storage(url), TorchBackend(self._fences if options.overlap else None), used,
             save_every=save_every, retention=retention or Retention(), config=config,
-            timeout_s=timeout_s, on_busy=on_busy, staging=staging or Staging(),
+            timeout_s=timeout_s, on_busy=on_busy, staging=options,
             environment=_environment(used.world_size),
             namespace=_namespace(coord),
         )  # fmt: skip
+        if options.overlap:
+            self._fences.watch(self._core)
 
     def should_save(self, step: int) -> bool:
         """Return whether to save at this step, the same on every rank; call it once per step.
@@ -99,7 +104,11 @@ class Checkpointer:
     def save(
         self, step: int, state: Mapping[str, Any], *, metrics: Mapping[str, float] | None = None
     ) -> SaveHandle:
-        """Copy the state and return; writing, flush and commit go on in the background.
+        """Save the state and return at once; writing, flush and commit go on in the background.
+
+        What an optimizer of the state owns may still be copied after the return, until its next
+        `step`; all else is copied before. Code that changes parameters or optimizer state
+        outside of a step calls `fence()` first.
 
         Args:
             step: Training step. Saving a step again replaces it once the new one is committed.
@@ -168,7 +177,12 @@ class Checkpointer:
         self._core.pin(step, pinned=pinned)
 
     def fence(self) -> None:
-        """Return once saved arrays may be changed outside of `optimizer.step()`; never raises."""
+        """Return once every tensor of the state may be changed; at once where none is copied.
+
+        Optimizer steps need no call. What else changes a parameter or optimizer state that was
+        saved does: swapping weights, averaging into the model, clipping or pruning parameters,
+        `load_state_dict`, freeing or resizing storage, replaying a captured CUDA graph.
+        """
         self._core.fence()
 
     def wait(self) -> None:
@@ -185,7 +199,10 @@ class Checkpointer:
         Raises:
             ShardckptError: The last save failed, with the same error on every rank.
         """
-        self._core.close()
+        try:
+            self._core.close()
+        finally:
+            self._fences.close()
 
     def __enter__(self) -> Checkpointer:
         """Return the checkpointer."""
@@ -198,7 +215,10 @@ class Checkpointer:
         trace: TracebackType | None,
     ) -> None:
         """Close; after an error of the block a failure to save is logged, not raised."""
-        self._core.leave(error)
+        try:
+            self._core.leave(error)
+        finally:
+            self._fences.close()
 
 
 def load(

@@ -6,9 +6,10 @@ Layer: torch. No collectives, no process group: what other ranks hold follows fr
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, MutableMapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any, final
 
+import msgspec
 import torch
 from torch import nn
 
@@ -261,7 +262,7 @@ def _as_saved(view: ModuleView, leaves: list[Leaf], saved: SavedState) -> list[L
         return key in saved.leaves or key in saved.aliases
 
     return [
-        replace(leaf, key=names[leaf.key])
+        msgspec.structs.replace(leaf, key=names[leaf.key])
         if leaf.key in names and not is_saved(leaf.key) and is_saved(names[leaf.key])
         else leaf
         for leaf in leaves

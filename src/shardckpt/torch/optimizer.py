@@ -8,6 +8,7 @@ the state says `<module>.<name>`.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Final, final
 
@@ -22,7 +23,7 @@ from shardckpt.torch.leaves import ModuleView, ParamRef
 from shardckpt.torch.values import decode_inline, encode_inline
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Mapping
+    from collections.abc import Callable, Iterable
 
     from shardckpt.backend import SavedState
     from shardckpt.state import Leaf
@@ -35,6 +36,7 @@ _OF_THE_RUN: Final = frozenset(
     {"params", "param_names", "foreach", "fused", "capturable", "differentiable"}
 )
 _MAX_SHOWN: Final = 8
+_EMPTY: Final[Mapping[str, object]] = {}
 
 
 @dataclass(slots=True)
@@ -97,9 +99,10 @@ class OptimizerView:
         """
         found: list[Leaf] = []
         values: dict[str, dict[str, object]] = {}
+        state = self.optimizer.state
         for group in self.groups:
             for ref in group:
-                for state_name, value in self.optimizer.state.get(ref.param, {}).items():
+                for state_name, value in state.get(ref.param, _EMPTY).items():
                     if isinstance(value, torch.Tensor):
                         key = self._key(ref, state_name)
                         found.append(self._state_leaf(key, ref, state_name, value, leaves, fence))
