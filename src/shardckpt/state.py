@@ -12,14 +12,13 @@ from typing import TYPE_CHECKING, Literal
 
 import msgspec
 
+from shardckpt.geometry.array_spec import ArraySpec
+from shardckpt.geometry.box import Box, Shape
+from shardckpt.geometry.layout import MeshLayout
 from shardckpt.options import PER_RANK_RULES, PerRankRule
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
-
-    from shardckpt.geometry.array_spec import ArraySpec
-    from shardckpt.geometry.box import Box, Shape
-    from shardckpt.geometry.layout import MeshLayout
 
 
 class HostArray(msgspec.Struct, frozen=True, gc=False):

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, MutableMapping
 from dataclasses import dataclass, field
-from typing import Any, final
+from typing import TYPE_CHECKING, Any, final
 
 import msgspec
 import torch
@@ -19,7 +19,6 @@ from shardckpt.format.tagged import MAX_DEPTH, decode, encode
 from shardckpt.load.check import is_wanted
 from shardckpt.state import HostArray, Leaf, PerRank, PerRankValue, StateTree
 from shardckpt.torch import copies
-from shardckpt.torch.fences import OptimizerFences
 from shardckpt.torch.leaves import ModuleView
 from shardckpt.torch.objects import (
     ObjectPlan,
@@ -35,6 +34,9 @@ from shardckpt.torch.objects import (
 from shardckpt.torch.optimizer import OptimizerPlan, OptimizerView
 from shardckpt.torch.shards import Leaves
 from shardckpt.torch.values import decode_inline, encode_inline
+
+if TYPE_CHECKING:
+    from shardckpt.torch.fences import OptimizerFences
 
 
 @dataclass(frozen=True, slots=True)

@@ -64,7 +64,6 @@ class ModuleView:
         self.flat: dict[str, FlatPart] = {}
         self.aliases: dict[str, str] = {}
         self.extra: dict[str, object] = {}
-        self._twins: dict[str, list[torch.Tensor]] = {}
         self._ddp_paths = private.inner_ddp_paths(self.module)
         if private.is_fsdp1(self.module):
             self._look_at_fsdp1()
@@ -99,7 +98,7 @@ class ModuleView:
         """
         prefix = f"{self.name}/"
         found = [
-            leaves.leaf(prefix + name, tensor, "param", self._fence(name, tensor, owners))
+            leaves.leaf(prefix + name, tensor, "param", owners.get(id(tensor), 0))
             if isinstance(tensor, nn.Parameter)
             else leaves.leaf(prefix + name, tensor, "buffer")
             for name, tensor in self.tensors.items()
@@ -156,12 +155,6 @@ class ModuleView:
                         f"{error}"
                     ) from error
                 return
-
-    def _fence(self, name: str, tensor: torch.Tensor, owners: Mapping[int, int]) -> int:
-        fence = owners.get(id(tensor), 0)
-        # Two parameters of one memory may belong to two optimizers.
-        twins = self._twins.get(name)
-        return fence if not twins or all(owners.get(id(t), 0) == fence for t in twins) else 0
 
     def _look_at_fsdp1(self) -> None:
         # state_dict() of FSDP1 gathers; its parts are read from the flat parameters instead.
@@ -220,8 +213,6 @@ class ModuleView:
             ):
                 memory = (tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride())
                 first = by_memory.setdefault(memory, name)
-                if first != name:
-                    self._twins.setdefault(first, []).append(tensor)
             if first != name:
                 self.aliases[name] = first
                 del self.tensors[name]

@@ -8,7 +8,6 @@ the state says `<module>.<name>`.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Final, final
 
@@ -23,7 +22,7 @@ from shardckpt.torch.leaves import ModuleView, ParamRef
 from shardckpt.torch.values import decode_inline, encode_inline
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
+    from collections.abc import Callable, Iterable, Mapping
 
     from shardckpt.backend import SavedState
     from shardckpt.state import Leaf

@@ -113,7 +113,9 @@ class Leaves:
         self._rank = rank
         self._dtensor = dtensor_class()
         self._mesh_by_id.clear()
-        caches = (self._known, self._layouts, self._boxes, self._specs)
+        caches: tuple[dict[Any, Any], ...] = (
+            self._known, self._layouts, self._boxes, self._specs,
+        )  # fmt: skip
         if max(map(len, caches)) > _MAX_CACHED:
             for cache in (*caches, self._meshes, self._distinct):
                 cache.clear()
@@ -162,9 +164,7 @@ class Leaves:
         shards = () if known.box is None else (Shard(known.box, local),)
         return Leaf(known.key, known.spec, role, known.layout, shards, fence if local.is_cpu else 0)
 
-    def sharded(
-        self, key: str, like: Any, local: torch.Tensor, role: str, fence: int = 0
-    ) -> Leaf:
+    def sharded(self, key: str, like: Any, local: torch.Tensor, role: str, fence: int = 0) -> Leaf:
         """Return the leaf of a local tensor that lies on the mesh as the DTensor `like` does.
 
         Raises:
