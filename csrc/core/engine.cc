@@ -168,16 +168,16 @@ bool Engine::WaitStaged(int64_t id, int64_t group, int64_t timeout_ms) {
   Lock lock(mutex_);
   const std::shared_ptr<Ticket> ticket = Find(id);
   if (ticket == nullptr) return true;
-  while (!IsStaged(*ticket, group)) {
+  while (timeout_ms > 0 && !IsStaged(*ticket, group)) {
     Work work;
     if (TakeCopy(ticket.get(), group, &work)) {
       if (scratch == nullptr) scratch = std::make_unique<Scratch>();
       Copy(&lock, work, scratch.get());
     } else if (changed_.wait_until(lock, deadline) == std::cv_status::timeout) {
-      return IsStaged(*ticket, group);
+      break;
     }
   }
-  return true;
+  return IsStaged(*ticket, group);
 }
 
 bool Engine::TakeCopy(const Ticket* only, int64_t group, Work* out) {

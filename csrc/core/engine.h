@@ -83,7 +83,8 @@ class Engine {
   Status Begin(std::span<const int64_t> numbers, std::span<const int64_t> file_bytes,
                bool check_all, int64_t* ticket);
 
-  // Waits until nothing reads arrays of `group` any more, copying itself. False after timeout_ms.
+  // Waits until nothing reads arrays of `group` any more, copying itself. False after timeout_ms;
+  // with 0 it only looks.
   bool WaitStaged(int64_t ticket, int64_t group, int64_t timeout_ms);
 
   // Lets the flush threads write a file's extents. The descriptors and `ops` stay the caller's and

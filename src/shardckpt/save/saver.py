@@ -19,7 +19,7 @@ import time
 from collections import deque
 from concurrent.futures import Future
 from concurrent.futures import wait as wait_futures
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from queue import SimpleQueue
 from typing import TYPE_CHECKING, Any, Final, Literal
 
@@ -570,7 +570,7 @@ def _resolve(future: Future[None]) -> None:
 
 def _without_data(leaf: Leaf) -> Leaf:
     shards = tuple(type(shard)(shard.box, None) for shard in leaf.shards)
-    return replace(leaf, shards=shards)
+    return msgspec.structs.replace(leaf, shards=shards)
 
 
 def _raw(value: object) -> msgspec.Raw:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import itertools
 import os
-from typing import TYPE_CHECKING, Any, Protocol, final
+from typing import TYPE_CHECKING, Any, Final, Protocol, final
 from weakref import WeakKeyDictionary
 
 import torch
@@ -22,6 +22,9 @@ if TYPE_CHECKING:
     from collections.abc import Iterable
 
 
+_CLOCK: Final = 1  # The group whose steps are the training's steps.
+
+
 class Copying(Protocol):
     """What goes on copying after a save returned."""
 
@@ -31,6 +34,9 @@ class Copying(Protocol):
 
     def fence(self, group: int | None = None) -> None:
         """Return once no copy has to read arrays of `group` any more; None means any array."""
+
+    def step_began(self) -> None:
+        """Take note that a training step begins."""
 
 
 @final
@@ -53,6 +59,8 @@ class OptimizerFences:
         process = os.getpid()
 
         def before_step(optimizer: Optimizer, args: object, kwargs: object) -> None:
+            if self._groups.get(optimizer) == _CLOCK:
+                copying.step_began()
             # A forked child has a copy of this hook, but nobody copies on its behalf.
             if not copying.is_staging:
                 self._owned = []
