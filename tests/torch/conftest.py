@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import itertools
+import sys
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
 
 from shardckpt.torch import Checkpointer, Restored
-from shardckpt.torch.backend import TorchBackend
-from shardckpt.torch.fences import OptimizerFences
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
-    from pathlib import Path
 
 
 @pytest.fixture
@@ -32,68 +31,16 @@ def round_trip(tmp_path: Path) -> Callable[..., Restored]:
     return run
 
 
-class LateSave:
-    """A save at its laziest: what may be copied late is copied when it is fenced, or at the end.
-
-    Attributes:
-        fenced: The groups fenced so far, in order; None is all of them.
-        groups: Group of every leaf of the last save.
-    """
-
-    def __init__(self) -> None:
-        self.fenced: list[int | None] = []
-        self.groups: dict[str, int] = {}
-        self._late: dict[str, list[torch.Tensor]] = {}
-        self._before: dict[str, list[torch.Tensor]] = {}
-        self._saved: dict[str, list[torch.Tensor]] = {}
-        self.fences = OptimizerFences()
-        self._backend = TorchBackend(self.fences)
-        self.fences.watch(self)
-
-    @property
-    def is_staging(self) -> bool:
-        return bool(self._late)
-
-    def fence(self, group: int | None = None) -> None:
-        self.fenced.append(group)
-        for key in list(self._late):
-            if group in (None, self.groups[key]):
-                self._saved[key] = [alias.clone() for alias in self._late.pop(key)]
-
-    def save(self, state: dict[str, Any]) -> None:
-        self.fenced.clear()
-        for leaf in self._backend.describe(state).leaves:
-            aliases = [shard.data.detach() for shard in leaf.shards]
-            self.groups[leaf.key] = leaf.fence
-            self._before[leaf.key] = [alias.clone() for alias in aliases]
-            if leaf.fence:
-                self._late[leaf.key] = aliases
-            else:
-                self._saved[leaf.key] = self._before[leaf.key]
-
-    def late(self) -> set[str]:
-        """Return the keys that are still to be copied."""
-        return set(self._late)
-
-    def torn(self) -> list[str]:
-        """Finish, and return the keys of which the copy differs from what it was at `save`."""
-        self.fence()
-        return [
-            key
-            for key, before in self._before.items()
-            if not all(_same_bytes(a, b) for a, b in zip(before, self._saved[key], strict=True))
-        ]
-
-
-def _same_bytes(a: torch.Tensor, b: torch.Tensor) -> bool:
-    # Not torch.equal, to which NaN differs from itself.
-    return torch.equal(a.reshape(-1).view(torch.uint8), b.reshape(-1).view(torch.uint8))
-
-
 @pytest.fixture
-def late_save() -> Iterator[LateSave]:
+def late_save() -> Iterator[Any]:
     """Return a save that copies as late as its fences allow."""
-    save = LateSave()
+    # Rank functions import it, too, and spawned children find modules by name only.
+    folder = str(Path(__file__).parent)
+    if folder not in sys.path:
+        sys.path.insert(0, folder)
+    import late_copies
+
+    save = late_copies.LateSave()
     yield save
     save.fences.close()
 

@@ -9,6 +9,7 @@ from unittest import mock
 
 import torch
 import torch.distributed as dist
+from late_copies import LateSave
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
@@ -260,4 +261,28 @@ def save_without_collectives(rank: int, world_size: int, port: int, root: str) -
         finally:
             for patch in patches:
                 patch.stop()
+    dist.destroy_process_group()
+
+
+def copies_wait_for_steps(rank: int, world_size: int, port: int) -> None:
+    """In each layout, what a step changes is copied late, and never after the step."""
+    join(rank, world_size, port)
+    for kind in LAYOUTS:
+        state = state_of(kind, seed=1)
+        train(state["model"], state["optimizer"], steps=2)
+        save = LateSave()
+        save.save(state)
+        with_memory = {key for key, group in save.groups.items() if group}
+        params = [key for key in save.groups if key.startswith("model/") and "scale" not in key]
+        assert with_memory >= set(params), (kind, set(params) - with_memory)
+        assert all(save.groups[key] == 0 for key in save.groups if "scale" in key), kind
+        assert any(key.startswith("optimizer/state/") for key in with_memory), kind
+        train(state["model"], state["optimizer"], steps=1)
+        assert save.fenced == [save.groups[params[0]]], kind
+        assert save.torn() == [], kind
+        # Without the hook the same step tears them: what is compared is the very memory.
+        save.save(state)
+        save.fences.close()
+        train(state["model"], state["optimizer"], steps=1)
+        assert save.torn() != [], kind
     dist.destroy_process_group()

@@ -45,3 +45,7 @@ def test_what_four_ranks_saved_loads_on_three_and_on_one(tmp_path: Path) -> None
 
 def test_neither_save_nor_restore_calls_a_collective(tmp_path: Path) -> None:
     _run(_ranks().save_without_collectives, 4, str(tmp_path))
+
+
+def test_copies_wait_for_steps_in_every_layout() -> None:
+    _run(_ranks().copies_wait_for_steps, 4)
