@@ -113,7 +113,7 @@ def staging_engine(num_copy_threads: int, num_flush_threads: int, cpus: list[int
       group, device (-1), first byte in C order (of strided arrays), itemsize_bytes, ndim (0:
       contiguous), shape[ndim], strides_bytes[ndim]].
     - `wait_staged(ticket, group, timeout_ms)` copies with the others until nothing reads arrays of
-      `group` (-1: any) any more; False after the timeout, 0 only looks.
+      `group` (-1: any) any more; False after the timeout; with 0 it only looks. 0 only looks.
     - `attach(ticket, file, fd, direct_fd, calls)` gives a file to the flush threads (`calls`: the
       address of a `pure.FileCalls`, or 0), `wait_flushed(ticket, file, timeout_ms)` waits for them.
     - `take(ticket, file, timeout_ms)` lends a staged extent instead: (extent, address, nbytes,
