@@ -10,6 +10,8 @@
 #include <string>
 #include <vector>
 
+#include "core/stream_copy.h"
+
 namespace shardckpt {
 namespace {
 
@@ -182,8 +184,8 @@ void CopyLineOf(int64_t run_bytes, uint8_t* dst, const uint8_t* src, int64_t cou
       return CopyLine<16>(dst, src, count, dim);
     default:
       for (int64_t i = 0; i < count; ++i) {
-        std::memcpy(dst + i * dim.dst_stride_bytes, src + i * dim.src_stride_bytes,
-                    static_cast<size_t>(run_bytes));
+        StreamCopy(dst + i * dim.dst_stride_bytes, src + i * dim.src_stride_bytes,
+                   static_cast<size_t>(run_bytes));
       }
   }
 }
@@ -191,8 +193,8 @@ void CopyLineOf(int64_t run_bytes, uint8_t* dst, const uint8_t* src, int64_t cou
 void RunTask(const CopyTask& task) {
   const CopyRow& row = *task.row;
   if (row.num_runs == 1) {
-    std::memcpy(row.dst + task.first_byte, row.src + task.first_byte,
-                static_cast<size_t>(task.last_byte - task.first_byte));
+    StreamCopy(row.dst + task.first_byte, row.src + task.first_byte,
+               static_cast<size_t>(task.last_byte - task.first_byte));
     return;
   }
   const Dim& line = row.dims[row.num_dims - 1];

@@ -18,9 +18,10 @@ inline constexpr int64_t kMaxCopyThreads = 64;
 // ndim 0 is one item; a dim of size 0 makes the row empty; strides may be negative, and 0 in the
 // source.
 //
-// Returns when all bytes are in place. The calling thread works too; fewer threads than asked for
-// run where there is little to copy or the system gives none. Destinations must not overlap
-// anything. kInvalid: the table is no such encoding; nothing was copied.
+// Returns when all bytes are in place; stretches of 4 KiB and more go there past the caches. The
+// calling thread works too; fewer threads than asked for run where there is little to copy or the
+// system gives none. Destinations must not overlap anything. kInvalid: the table is no such
+// encoding; nothing was copied.
 Status CopyRows(std::span<const int64_t> table, int64_t num_threads);
 
 }  // namespace shardckpt

@@ -2,7 +2,7 @@
 //
 // One pair of functions, several instruction sets. The fastest path that the processor has is
 // chosen once, at the first call; SHARDCKPT_COPY=<name> chooses another. All paths write equal
-// bytes and give equal values. Thread-safe.
+// bytes and give equal values. Copies too small to gain go through the caches. Thread-safe.
 #ifndef SHARDCKPT_CORE_STREAM_COPY_H_
 #define SHARDCKPT_CORE_STREAM_COPY_H_
 
@@ -21,7 +21,7 @@ uint32_t CopyAndCrc(uint32_t initial, void* dst, const void* src, size_t size_by
 // The same without a checksum.
 void StreamCopy(void* dst, const void* src, size_t size_bytes);
 
-// Name of the path that both take.
+// Name of the path that both take unless there is too little to copy.
 const char* StreamCopyPathName();
 
 // One way to copy.
