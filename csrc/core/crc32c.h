@@ -19,7 +19,7 @@ namespace shardckpt {
 uint32_t Crc32c(uint32_t initial, const void* data, size_t size_bytes);
 
 // Returns the CRC of A followed by B, given the CRC of each (from 0) and B's length. Costs
-// some 30 ns for every bit set in the length.
+// under 100 ns for every bit set in the length.
 uint32_t Crc32cCombine(uint32_t first, uint32_t second, uint64_t second_size_bytes);
 
 // Name of the path that Crc32c takes.

@@ -17,7 +17,7 @@ using crc::kBlockBytes;
 // The processor's own prefetching leaves a sixth of the bandwidth unused; this far ahead is enough.
 constexpr size_t kAheadBytes = 1024;
 
-// All loads come before the first store, which keeps the lines of `dst` whole on their way out.
+// Returns what it copied, for the checksum.
 inline Block CopyBlock(uint8_t* dst, const uint8_t* src) {
   for (size_t i = 0; i < kBlockBytes; i += kLineBytes) {
     _mm_prefetch(reinterpret_cast<const char*>(src + kAheadBytes + i), _MM_HINT_T0);
