@@ -168,12 +168,7 @@ bool Engine::WaitStaged(int64_t id, int64_t group, int64_t timeout_ms) {
   Lock lock(mutex_);
   const std::shared_ptr<Ticket> ticket = Find(id);
   if (ticket == nullptr) return true;
-<<<<<<< HEAD
   while (timeout_ms > 0 && !IsStaged(*ticket, group)) {
-=======
-  while (!IsStaged(*ticket, group)) {
-    if (timeout_ms == 0) return false;
->>>>>>> 1d230ab (To look whether a save is staged copies nothing: save() had copied everything by asking)
     Work work;
     if (TakeCopy(ticket.get(), group, &work)) {
       if (scratch == nullptr) scratch = std::make_unique<Scratch>();

@@ -84,11 +84,7 @@ class Engine {
                bool check_all, int64_t* ticket);
 
   // Waits until nothing reads arrays of `group` any more, copying itself. False after timeout_ms;
-<<<<<<< HEAD
   // with 0 it only looks.
-=======
-  // with 0 it only looks, and copies nothing.
->>>>>>> 1d230ab (To look whether a save is staged copies nothing: save() had copied everything by asking)
   bool WaitStaged(int64_t ticket, int64_t group, int64_t timeout_ms);
 
   // Lets the flush threads write a file's extents. The descriptors and `ops` stay the caller's and

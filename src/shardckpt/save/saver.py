@@ -41,7 +41,12 @@ from shardckpt.save.commit import Described, Planner, commit_round, outcome_of
 from shardckpt.save.messages import Answer, Decision, Hello, Outcome, Report
 from shardckpt.save.plan import RankPlan, rank_plan
 from shardckpt.save.stage import Staged, stage
-from shardckpt.save.structure import encode_structure, structure_of
+from shardckpt.save.structure import (
+    encode_structure,
+    has_structure_of,
+    structure_of,
+    without_data,
+)
 from shardckpt.save.write import AttemptId, write_files
 from shardckpt.staging.collector import no_garbage_collection
 from shardckpt.staging.engine import EVERY_GROUP, SLOT_BYTES, make_room, start_engine
@@ -56,7 +61,7 @@ if TYPE_CHECKING:
     from shardckpt.coord.base import Coord
     from shardckpt.format.root import Root
     from shardckpt.options import Staging
-    from shardckpt.state import Leaf
+    from shardckpt.state import Leaf, StateTree
 
 _logger = logging.getLogger("shardckpt")
 _GRACE: Final = 1.1
@@ -171,6 +176,7 @@ class Saver:
         self._written = (time.monotonic(), 0)
         self._count = 0
         self._structure = ""
+        self._known: StateTree | None = None
         self._rank_plan: RankPlan | None = None
         self._plan_digest = ""
         self._in_flight: deque[SaveHandle] = deque()
@@ -350,29 +356,33 @@ class Saver:
     ) -> _Job:
         with no_garbage_collection():
             tree = self._backend.describe(state)
-            data, structure = encode_structure(structure_of(tree))
+            data, structure = b"", self._structure
+            if self._known is None or not has_structure_of(tree, self._known):
+                data, structure = encode_structure(structure_of(tree))
         answer: Answer | None = None
-        is_new = structure != self._structure or self._rank_plan is None
+        plan = self._rank_plan
+        is_new = structure != self._structure or plan is None
         if is_new:
             # Planning shares the planner with the saves under way.
             wait_futures([h.committed for h in self._in_flight if h is not handle])
             self._planner.offer_structure(data, structure)
             round_.publish(f"hello/{round_.rank}", Hello(step=step, structure=structure))
             answer = self._answer(round_, step)
-            plan = self._planner.fetch_plan(answer.plan)
-            self._rank_plan = rank_plan(plan, tree.leaves, round_.rank)
+            plan = rank_plan(self._planner.fetch_plan(answer.plan), tree.leaves, round_.rank)
+            self._rank_plan = plan
             self._structure, self._plan_digest = structure, answer.plan
-            make_room(self._engine, self._options, self._rank_plan.file_bytes)
-        assert self._rank_plan is not None
+            # Specs and boxes for the tables, not the caller's memory.
+            self._known = without_data(tree)
+            make_room(self._engine, self._options, plan.file_bytes)
+        assert plan is not None
+        assert self._known is not None
         with no_garbage_collection():
             staged = stage(
-                self._engine, self._rank_plan, tree.leaves, self._backend.host_array,
+                self._engine, plan, tree.leaves, self._backend.host_array,
                 overlap=self._overlaps, check_copies=self._options.check_copies,
             )  # fmt: skip
-            # The job keeps specs and boxes for the table, not the caller's memory.
-            leaves = tuple(_without_data(leaf) for leaf in tree.leaves)
         return _Job(
-            round_, handle, structure, self._rank_plan, self._plan_digest, leaves, staged,
+            round_, handle, structure, plan, self._plan_digest, self._known.leaves, staged,
             not is_new,
             {key: _raw(value) for key, value in tree.objects.items()},
             {key: _raw(value.value) for key, value in tree.per_rank.items()},
@@ -566,11 +576,6 @@ class Saver:
 def _resolve(future: Future[None]) -> None:
     if not future.done():
         future.set_result(None)
-
-
-def _without_data(leaf: Leaf) -> Leaf:
-    shards = tuple(type(shard)(shard.box, None) for shard in leaf.shards)
-    return msgspec.structs.replace(leaf, shards=shards)
 
 
 def _raw(value: object) -> msgspec.Raw:

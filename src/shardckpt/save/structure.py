@@ -5,16 +5,12 @@ Layer: save.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import msgspec
 
 from shardckpt.format.manifest import BoxColumn, MeshColumn, layout_column
 from shardckpt.format.sealed import digest
 from shardckpt.geometry.layout import MeshLayout
-
-if TYPE_CHECKING:
-    from shardckpt.state import StateTree
+from shardckpt.state import PerRankValue, StateTree
 
 
 class Structure(msgspec.Struct, frozen=True, kw_only=True):
@@ -90,3 +86,40 @@ def encode_structure(structure: Structure) -> tuple[bytes, str]:
     """Return the canonical bytes of a structure and their digest."""
     data = msgspec.json.encode(structure, order="deterministic")
     return data, digest(data)
+
+
+def has_structure_of(tree: StateTree, known: StateTree) -> bool:
+    """Return whether two described states differ at most in values and fences; cheap where True.
+
+    Backends share specs, layouts and boxes between descriptions, so most comparisons are of
+    identities.
+    """
+    if len(tree.leaves) != len(known.leaves) or tree.objects.keys() != known.objects.keys():
+        return False
+    if tree.aliases != known.aliases or tree.per_rank.keys() != known.per_rank.keys():
+        return False
+    if any(value.rule != known.per_rank[key].rule for key, value in tree.per_rank.items()):
+        return False
+    for leaf, other in zip(tree.leaves, known.leaves, strict=True):
+        if (
+            leaf.key != other.key
+            or leaf.role != other.role
+            or not (leaf.spec is other.spec or leaf.spec == other.spec)
+            or not (leaf.layout is other.layout or leaf.layout == other.layout)
+            or len(leaf.shards) != len(other.shards)
+        ):
+            return False
+        for shard, known_shard in zip(leaf.shards, other.shards, strict=True):
+            if not (shard.box is known_shard.box or shard.box == known_shard.box):
+                return False
+    return True
+
+
+def without_data(tree: StateTree) -> StateTree:
+    """Return the tree without the caller's memory and values."""
+    leaves = tuple(
+        msgspec.structs.replace(leaf, shards=tuple(type(s)(s.box, None) for s in leaf.shards))
+        for leaf in tree.leaves
+    )
+    rules = {key: PerRankValue(None, value.rule) for key, value in tree.per_rank.items()}
+    return StateTree(leaves, dict.fromkeys(tree.objects), rules, dict(tree.aliases))
