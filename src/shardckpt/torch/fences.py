@@ -59,13 +59,15 @@ class OptimizerFences:
         process = os.getpid()
 
         def before_step(optimizer: Optimizer, args: object, kwargs: object) -> None:
+            # A forked child has a copy of this hook, but nobody copies on its behalf.
+            if os.getpid() != process:
+                return
             if self._groups.get(optimizer) == _CLOCK:
                 copying.step_began()
-            # A forked child has a copy of this hook, but nobody copies on its behalf.
-            if not copying.is_staging:
-                self._owned = []
-            elif os.getpid() == process:
+            if copying.is_staging:
                 self._fence(copying, optimizer)
+            else:
+                self._owned = []
 
         # Traced, the hook would be compiled into the step as it was at one moment.
         hook = torch.compiler.disable(before_step)
