@@ -16,10 +16,12 @@ class LateSave:
     Attributes:
         fenced: The groups fenced so far, in order; None is all of them.
         groups: Group of every leaf of the last save.
+        num_steps: Training steps begun.
     """
 
     def __init__(self) -> None:
         self.fenced: list[int | None] = []
+        self.num_steps = 0
         self.groups: dict[str, int] = {}
         self._late: dict[str, list[torch.Tensor]] = {}
         self._before: dict[str, list[torch.Tensor]] = {}
@@ -37,6 +39,9 @@ class LateSave:
         for key in list(self._late):
             if group in (None, self.groups[key]):
                 self._saved[key] = [alias.clone() for alias in self._late.pop(key)]
+
+    def step_began(self) -> None:
+        self.num_steps += 1
 
     def save(self, state: dict[str, Any]) -> None:
         self.fenced.clear()

@@ -124,6 +124,16 @@ def test_only_the_optimizer_that_steps_is_waited_for(late_save: Any) -> None:
     assert late_save.torn() == []
 
 
+def test_the_steps_of_the_first_optimizer_are_the_steps_of_the_training(late_save: Any) -> None:
+    one, other = trained(), trained()
+    late_save.save({"a": one, "b": other})
+    for _ in range(3):
+        other["optimizer"].step()
+        one["optimizer"].step()
+        other["optimizer"].step()
+    assert late_save.num_steps == 3
+
+
 def test_groups_stay_the_same_from_save_to_save(late_save: Any) -> None:
     one, other = trained(), trained()
     late_save.save({"a": one, "b": other})
@@ -412,8 +422,12 @@ def test_a_step_in_a_forked_child_waits_for_nobody(late_save: Any) -> None:
     late_save.save(state)
     child = os.fork()
     if child == 0:
-        state["optimizer"].step()
-        os._exit(len(late_save.fenced))
+        code = 99
+        try:
+            state["optimizer"].step()
+            code = len(late_save.fenced) + late_save.num_steps
+        finally:
+            os._exit(code)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
 
 
