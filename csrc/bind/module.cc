@@ -15,6 +15,7 @@
 #include <utility>
 #include <vector>
 
+#include "core/chunk_read.h"
 #include "core/copy.h"
 #include "core/crc32c.h"
 #include "core/engine.h"
@@ -257,6 +258,69 @@ class PyEngine {
   std::unique_ptr<Engine> engine_;
 };
 
+// [where the range or the file ended, offset of the first bad chunk or -1, its checksum].
+nb::tuple RaiseOrReturn(const Status& status, const ChunkOutcome& outcome) {
+  RaiseUnlessOk(status);
+  return nb::make_tuple(outcome.end_bytes, outcome.bad_offset_bytes, outcome.found_crc);
+}
+
+// Holds the buffers of a range while the core works on it.
+class Chunks {
+ public:
+  Chunks(int64_t start_bytes, int64_t stop_bytes, nb::handle pieces, nb::handle rows,
+         nb::handle crcs, uint32_t seed, int64_t chunk_bytes)
+      : pieces_(pieces), rows_(rows), crcs_(crcs) {
+    static_assert(sizeof(ChunkPiece) == 4 * sizeof(int64_t));
+    const std::span<const int64_t> fields = pieces_.rows();
+    if (fields.size() % 4 != 0) {
+      throw nb::value_error(
+          "chunks: pieces are not rows of [offset, nbytes, first_chunk, address].");
+    }
+    range_ = {start_bytes,
+              stop_bytes,
+              {reinterpret_cast<const ChunkPiece*>(fields.data()), fields.size() / 4},
+              rows_.rows(),
+              {static_cast<const uint8_t*>(crcs_.data()), crcs_.size_bytes()},
+              seed,
+              chunk_bytes};
+  }
+
+  const ChunkRange& range() const { return range_; }
+
+ private:
+  const Buffer pieces_;
+  const Buffer rows_;
+  const Buffer crcs_;
+  ChunkRange range_;
+};
+
+nb::tuple ReadChunksOf(uintptr_t calls, int fd, int direct_fd, int64_t start_bytes,
+                       int64_t stop_bytes, nb::handle pieces, nb::handle rows, nb::handle crcs,
+                       uint32_t seed, int64_t chunk_bytes) {
+  const Chunks chunks(start_bytes, stop_bytes, pieces, rows, crcs, seed, chunk_bytes);
+  const FileOps* ops = calls == 0 ? &SystemFileOps() : reinterpret_cast<const FileOps*>(calls);
+  ChunkOutcome outcome{};
+  Status status;
+  {
+    nb::gil_scoped_release unlocked;
+    status = ReadChunks({ops, fd, direct_fd}, chunks.range(), &outcome);
+  }
+  return RaiseOrReturn(status, outcome);
+}
+
+nb::tuple PlaceChunksOf(uintptr_t address, int64_t start_bytes, int64_t stop_bytes,
+                        nb::handle pieces, nb::handle rows, nb::handle crcs, uint32_t seed,
+                        int64_t chunk_bytes) {
+  const Chunks chunks(start_bytes, stop_bytes, pieces, rows, crcs, seed, chunk_bytes);
+  ChunkOutcome outcome{};
+  Status status;
+  {
+    nb::gil_scoped_release unlocked;
+    status = PlaceChunks(Memory<const uint8_t>(address), chunks.range(), &outcome);
+  }
+  return RaiseOrReturn(status, outcome);
+}
+
 }  // namespace
 }  // namespace shardckpt
 
@@ -269,6 +333,10 @@ NB_MODULE(_native, m) {
   m.def("crc32c_path", shardckpt::Crc32cPathName);
   m.def("chunk_crcs", shardckpt::ChunkCrcsOfRows, "rows"_a, "seed"_a, "chunk_bytes"_a);
   m.def("copy_rows", shardckpt::CopyTable, "rows"_a, "num_threads"_a);
+  m.def("read_chunks", shardckpt::ReadChunksOf, "calls"_a, "fd"_a, "direct_fd"_a, "start"_a,
+        "stop"_a, "pieces"_a, "rows"_a, "crcs"_a, "seed"_a, "chunk_bytes"_a);
+  m.def("place_chunks", shardckpt::PlaceChunksOf, "address"_a, "start"_a, "stop"_a, "pieces"_a,
+        "rows"_a, "crcs"_a, "seed"_a, "chunk_bytes"_a);
   m.def("write_full", shardckpt::WriteFullAt, "fd"_a, "address"_a, "nbytes"_a, "offset"_a);
   m.def("read_full", shardckpt::ReadFullAt, "fd"_a, "address"_a, "nbytes"_a, "offset"_a);
 

@@ -88,13 +88,18 @@ void Simplify(int64_t itemsize_bytes, CopyRow* row) {
 
 // Reads the row at the front of `fields` and drops it from there; is_empty says there is nothing to
 // do.
-Status ParseRow(size_t index, std::span<const int64_t>* fields, CopyRow* row, bool* is_empty) {
+Status ParseRow(size_t index, int64_t src_base, std::span<const int64_t>* fields, CopyRow* row,
+                bool* is_empty) {
   if (fields->size() < 4) {
     return InvalidRow(
         index, "the table ends after " + std::to_string(fields->size()) + " of at least 4 fields.");
   }
   const int64_t dst = (*fields)[0];
-  const int64_t src = (*fields)[1];
+  int64_t src = 0;
+  if (__builtin_add_overflow((*fields)[1], src_base, &src)) {
+    return InvalidRow(index, "src_address " + std::to_string((*fields)[1]) + " and src_base " +
+                                 std::to_string(src_base) + " make no address.");
+  }
   const int64_t itemsize_bytes = (*fields)[2];
   const int64_t ndim = (*fields)[3];
   if (itemsize_bytes < 1 || ndim < 0 || ndim > kMaxCopyDims) {
@@ -228,7 +233,7 @@ void* RunTasks(void* opaque) {
 
 }  // namespace
 
-Status CopyRows(std::span<const int64_t> table, int64_t num_threads) {
+Status CopyRows(std::span<const int64_t> table, int64_t num_threads, int64_t src_base) {
   if (num_threads < 1 || num_threads > kMaxCopyThreads) {
     return Status::Invalid("copy_rows: num_threads is " + std::to_string(num_threads) +
                            "; allowed are 1 to " + std::to_string(kMaxCopyThreads) + ".");
@@ -237,7 +242,9 @@ Status CopyRows(std::span<const int64_t> table, int64_t num_threads) {
   for (size_t index = 0; !table.empty(); ++index) {
     CopyRow row;
     bool is_empty = false;
-    if (Status status = ParseRow(index, &table, &row, &is_empty); !status.ok()) return status;
+    if (Status status = ParseRow(index, src_base, &table, &row, &is_empty); !status.ok()) {
+      return status;
+    }
     if (!is_empty) rows.push_back(row);
   }
   std::vector<CopyTask> tasks;

@@ -18,11 +18,13 @@ inline constexpr int64_t kMaxCopyThreads = 64;
 // ndim 0 is one item; a dim of size 0 makes the row empty; strides may be negative, and 0 in the
 // source.
 //
+// `src_base` is added to every src_address, for tables made before the source had its place.
+//
 // Returns when all bytes are in place; stretches of 4 KiB and more go there past the caches. The
 // calling thread works too; fewer threads than asked for run where there is little to copy or the
 // system gives none. Destinations must not overlap anything. kInvalid: the table is no such
 // encoding; nothing was copied.
-Status CopyRows(std::span<const int64_t> table, int64_t num_threads);
+Status CopyRows(std::span<const int64_t> table, int64_t num_threads, int64_t src_base = 0);
 
 }  // namespace shardckpt
 

@@ -72,6 +72,12 @@ const char* Crc32cPathName() { return ChosenPath().name; }
 
 std::span<const Crc32cPath> Crc32cPaths() { return kPaths; }
 
+uint32_t PlaceCrc(uint32_t seed, uint64_t file_offset_bytes) {
+  std::array<uint8_t, 8> place;
+  StoreLittleEndian(file_offset_bytes, 8, place.data());
+  return Crc32c(seed, place.data(), place.size());
+}
+
 Status CountChunks(std::span<const ChunkRow> rows, int64_t chunk_bytes, size_t* num_chunks) {
   if (chunk_bytes < 1) {
     return Status::Invalid("chunk_crcs: chunk_bytes is " + std::to_string(chunk_bytes) +
@@ -102,10 +108,8 @@ void ChunkCrcs(std::span<const ChunkRow> rows, uint32_t seed, int64_t chunk_byte
     const auto* data = reinterpret_cast<const uint8_t*>(static_cast<uintptr_t>(row.address));
     for (int64_t start = 0; start < row.size_bytes;) {
       const int64_t size = std::min(chunk_bytes, row.size_bytes - start);
-      std::array<uint8_t, 8> place;
-      StoreLittleEndian(static_cast<uint64_t>(row.file_offset_bytes + start), 8, place.data());
       const uint32_t value = Crc32c(0, data + start, static_cast<size_t>(size)) ^
-                             Crc32c(seed, place.data(), place.size());
+                             PlaceCrc(seed, static_cast<uint64_t>(row.file_offset_bytes + start));
       StoreLittleEndian(value, 4, out);
       out += 4;
       start += size;

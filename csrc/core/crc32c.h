@@ -35,6 +35,10 @@ struct Crc32cPath {
 // All paths in this build, fastest first; the last one, "table", runs everywhere.
 std::span<const Crc32cPath> Crc32cPaths();
 
+// Returns what a chunk's CRC is XORed with: Crc32c(seed, its file offset as little-endian u64). A
+// chunk found in another place or file does not pass.
+uint32_t PlaceCrc(uint32_t seed, uint64_t file_offset_bytes);
+
 // A piece of memory to be checksummed, and the place it takes in its file.
 struct ChunkRow {
   int64_t address;
@@ -47,9 +51,8 @@ struct ChunkRow {
 Status CountChunks(std::span<const ChunkRow> rows, int64_t chunk_bytes, size_t* num_chunks);
 
 // Writes one little-endian u32 for each chunk to `out`, which holds 4 * num_chunks bytes:
-// Crc32c(chunk) XOR Crc32c(seed, file offset of its first byte as little-endian u64), so that a
-// chunk found in another place or file does not pass. Call CountChunks first: nothing is checked
-// here.
+// Crc32c(chunk) XOR PlaceCrc(seed, file offset of its first byte). Call CountChunks first: nothing
+// is checked here.
 void ChunkCrcs(std::span<const ChunkRow> rows, uint32_t seed, int64_t chunk_bytes, uint8_t* out);
 
 }  // namespace shardckpt

@@ -51,6 +51,21 @@ struct WriteTarget {
 // kIo: as WriteFull.
 Status WriteExtent(const FileOps& ops, WriteTarget* target, const void* data, size_t size_bytes,
                    int64_t offset_bytes);
+// What O_DIRECT asks of offsets, sizes and memory; what a file system wants beyond it, it refuses
+// with EINVAL.
+inline constexpr size_t kBlockBytes = 4096;
+
+// As ReadFull, by a descriptor that was opened with O_DIRECT: `data`, `size_bytes` and
+// `offset_bytes` are multiples of kBlockBytes. Stops as soon as `needed_bytes` of them are there.
+// kInvalid: they are no such multiples. kIo: an error, or no progress in kMaxStalls calls in a row.
+Status ReadBlocks(const FileOps& ops, int fd, void* data, size_t size_bytes, size_t needed_bytes,
+                  int64_t offset_bytes, size_t* num_read_bytes);
+
+// Whether every byte of a range is in the page cache; false where the system does not tell.
+bool IsCached(int fd, int64_t offset_bytes, size_t size_bytes);
+
+// The same on kernels before 6.5: looks at the first, the middle and the last byte only.
+bool IsCachedAtThreeBytes(int fd, int64_t offset_bytes, size_t size_bytes);
 
 // Bound of EINTR and EAGAIN in a row; with kStallTimeoutMs each, a stuck file gives up after 10 s.
 inline constexpr int kMaxStalls = 100;

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, NamedTuple
 
 from shardckpt import pure
 
@@ -16,6 +16,59 @@ if TYPE_CHECKING:
     from types import ModuleType
 
     from shardckpt._native import Engine as Engine
+
+
+class ChunkSource(NamedTuple):
+    """What native code reads a file by; the lender keeps it open.
+
+    Attributes:
+        calls: Address of the `pure.FileCalls` to read by; 0 for the system's own.
+        fd: Descriptor of the file.
+        direct_fd: The same file opened with O_DIRECT; -1 where it cannot be.
+    """
+
+    calls: int
+    fd: int
+    direct_fd: int
+
+
+class ChunkRange(NamedTuple):
+    """Bytes of one file: what is read, what it must be, and where it goes.
+
+    Attributes:
+        start: First byte in the file.
+        stop: One past the last; at most 64 MiB further.
+        pieces: `array('q')` of [file_offset, nbytes, first_chunk, address] per stretch of whole
+            chunks: `first_chunk` is the position of its first checksum in `crcs`, `address` is
+            where its bytes go, or 0 where `rows` take them.
+        rows: Table for `copy_rows` whose src_address counts from `start`; copied when every chunk
+            has passed.
+        crcs: One little-endian u32 per chunk of the file, as `chunk_crcs` gives them.
+        seed: See `chunk_crcs`.
+        chunk_bytes: Bytes of a chunk; the last one of a piece may be short.
+    """
+
+    start: int
+    stop: int
+    pieces: array[int]
+    rows: array[int]
+    crcs: bytes
+    seed: int
+    chunk_bytes: int
+
+
+class ChunkOutcome(NamedTuple):
+    """What became of a range.
+
+    Attributes:
+        end: `stop`, or where the file ended before it.
+        bad_offset: Place in the file of the first chunk that is not as it was saved; -1 for none.
+        found_crc: What its checksum is now.
+    """
+
+    end: int
+    bad_offset: int
+    found_crc: int
 
 
 def _load() -> ModuleType | None:
@@ -75,6 +128,28 @@ def copy_rows(rows: array[int], num_threads: int) -> None:
         ValueError: The table is no such encoding; nothing was copied.
     """
     _impl.copy_rows(rows, num_threads)
+
+
+def read_chunks(source: ChunkSource, wanted: ChunkRange) -> ChunkOutcome:
+    """Read a range, check every chunk of it and put it into place; without the GIL.
+
+    What is checked is what is placed. Bytes in the page cache are taken from there, others past it.
+    Stops at the first chunk that is wrong or missing: the places may then hold anything.
+
+    Raises:
+        OSError: The system refused.
+        ValueError: The range makes no sense; nothing was touched.
+    """
+    return ChunkOutcome(*_impl.read_chunks(*source, *wanted))
+
+
+def place_chunks(address: int, wanted: ChunkRange) -> ChunkOutcome:
+    """As `read_chunks`, for a range that is in memory already, its first byte at `address`.
+
+    Raises:
+        ValueError: The range makes no sense; nothing was touched.
+    """
+    return ChunkOutcome(*_impl.place_chunks(address, *wanted))
 
 
 def write_full(fd: int, address: int, nbytes: int, offset: int) -> None:

@@ -31,6 +31,8 @@ _PAYLOAD_FIELDS: Final = 9
 _PAGE_BYTES: Final = 4096
 _CHUNK_BYTES: Final = 64 * 1024
 _SLOT_BYTES: Final = 8 << 20
+_MAX_STALLS: Final = 100
+_MAX_RANGE_BYTES: Final = 64 << 20
 
 
 class FileCalls(ctypes.Structure):
@@ -126,21 +128,69 @@ def copy_rows(rows: array[int], num_threads: int) -> None:
         raise ValueError(
             f"copy_rows: num_threads is {num_threads}; allowed are 1 to {_MAX_THREADS}."
         )
-    # All rows are checked before the first byte moves.
-    for destination, source, item, shape, to, by in list(_decoded(_int64_fields(rows))):
-        if 0 in shape:
-            continue
-        inner = item
-        dims = len(shape)
-        while dims and to[dims - 1] == inner and by[dims - 1] == inner:
-            inner *= shape[dims - 1]
-            dims -= 1
-        for index in itertools.product(*(range(n) for n in shape[:dims])):
-            ctypes.memmove(
-                destination + sum(i * s for i, s in zip(index, to[:dims], strict=True)),
-                source + sum(i * s for i, s in zip(index, by[:dims], strict=True)),
-                inner,
-            )
+    _copy(_int64_fields(rows), 0)
+
+
+def read_chunks(
+    calls: int,
+    fd: int,
+    direct_fd: int,
+    start: int,
+    stop: int,
+    pieces: array[int],
+    rows: array[int],
+    crcs: bytes,
+    seed: int,
+    chunk_bytes: int,
+) -> tuple[int, int, int]:
+    """Read a range through the page cache, check it and put it into place.
+
+    Raises:
+        OSError: The system refused.
+        ValueError: The range makes no sense.
+    """
+    del direct_fd
+    _check_pieces(start, stop, _int64_fields(pieces), len(crcs) // 4, chunk_bytes)
+    buffer = ctypes.create_string_buffer(stop - start)
+    address = ctypes.addressof(buffer)
+    if calls:
+        got = _read_by(FileCalls.from_address(calls), fd, address, stop - start, start)
+    else:
+        got = read_full(fd, address, stop - start, start)
+    if got < stop - start:
+        return start + got, -1, 0
+    return place_chunks(address, start, stop, pieces, rows, crcs, seed, chunk_bytes)
+
+
+def place_chunks(
+    address: int,
+    start: int,
+    stop: int,
+    pieces: array[int],
+    rows: array[int],
+    crcs: bytes,
+    seed: int,
+    chunk_bytes: int,
+) -> tuple[int, int, int]:
+    """Check the chunks of a range in memory and put them into place; see `native.ChunkRange`.
+
+    Raises:
+        ValueError: The range makes no sense.
+    """
+    fields = _int64_fields(pieces)
+    _check_pieces(start, stop, fields, len(crcs) // 4, chunk_bytes)
+    for at in range(0, len(fields), 4):
+        offset, nbytes, first, target = fields[at : at + 4]
+        source = address + offset - start
+        found = chunk_crcs(type(pieces)("q", (source, nbytes, offset)), seed, chunk_bytes)
+        for chunk in range(0, len(found), 4):
+            if found[chunk : chunk + 4] != crcs[4 * first + chunk : 4 * first + chunk + 4]:
+                bad = offset + chunk // 4 * chunk_bytes
+                return stop, bad, int.from_bytes(found[chunk : chunk + 4], "little")
+        if target:
+            ctypes.memmove(target, source, nbytes)
+    _copy(_int64_fields(rows), address)
+    return stop, -1, 0
 
 
 def write_full(fd: int, address: int, nbytes: int, offset: int) -> None:
@@ -177,6 +227,24 @@ def read_full(fd: int, address: int, nbytes: int, offset: int) -> int:
     return done
 
 
+def _read_by(calls: FileCalls, fd: int, address: int, nbytes: int, offset: int) -> int:
+    """As `read_full`, by C functions."""
+    done = stalls = 0
+    while done < nbytes:
+        got = calls.pread(fd, address + done, nbytes - done, offset + done)
+        if got > 0:
+            done += got
+            stalls = 0
+            continue
+        if got == 0:
+            break
+        code = ctypes.get_errno()
+        stalls += 1
+        if code not in (errno.EINTR, errno.EAGAIN) or stalls == _MAX_STALLS:
+            raise OSError(code, os.strerror(code))
+    return done
+
+
 def memory(address: int, nbytes: int) -> memoryview:
     """Return a writable view of memory that the caller keeps alive."""
     if nbytes == 0:
@@ -202,7 +270,50 @@ def _check_range(operation: str, address: int, nbytes: int, offset: int) -> None
         )
 
 
-def _decoded(fields: list[int]) -> Iterator[_Row]:
+def _check_pieces(
+    start: int, stop: int, fields: list[int], num_crcs: int, chunk_bytes: int
+) -> None:
+    if len(fields) % 4:
+        raise ValueError("chunks: pieces are not rows of [offset, nbytes, first_chunk, address].")
+    if not 0 <= start <= stop <= start + _MAX_RANGE_BYTES or chunk_bytes < 1:
+        raise ValueError(
+            f"read_chunks: bytes {start} to {stop} in chunks of {chunk_bytes} are no range of at "
+            f"most {_MAX_RANGE_BYTES} bytes."
+        )
+    for at in range(0, len(fields), 4):
+        offset, nbytes, first, _ = fields[at : at + 4]
+        if offset < start or nbytes < 0 or nbytes > stop - offset:
+            raise ValueError(
+                f"read_chunks: piece {at // 4}, {nbytes} bytes at {offset}, is not inside bytes "
+                f"{start} to {stop}."
+            )
+        num_chunks = -(-nbytes // chunk_bytes)
+        if first < 0 or first > num_crcs - num_chunks:
+            raise ValueError(
+                f"read_chunks: piece {at // 4} has {num_chunks} chunks from {first}, there are "
+                f"{num_crcs} checksums."
+            )
+
+
+def _copy(fields: list[int], src_base: int) -> None:
+    # All rows are checked before the first byte moves.
+    for destination, source, item, shape, to, by in list(_decoded(fields, src_base)):
+        if 0 in shape:
+            continue
+        inner = item
+        dims = len(shape)
+        while dims and to[dims - 1] == inner and by[dims - 1] == inner:
+            inner *= shape[dims - 1]
+            dims -= 1
+        for index in itertools.product(*(range(n) for n in shape[:dims])):
+            ctypes.memmove(
+                destination + sum(i * s for i, s in zip(index, to[:dims], strict=True)),
+                source + sum(i * s for i, s in zip(index, by[:dims], strict=True)),
+                inner,
+            )
+
+
+def _decoded(fields: list[int], src_base: int) -> Iterator[_Row]:
     position = 0
     row = 0
     while position < len(fields):
@@ -212,6 +323,7 @@ def _decoded(fields: list[int]) -> Iterator[_Row]:
                 f"copy_rows: row {row} begins {head}; it needs address, address, "
                 f"itemsize >= 1, ndim 0 to {_MAX_DIMS}."
             )
+        head[1] += src_base
         destination, source, item, num_dims = head
         body = fields[position + 4 : position + 4 + 3 * num_dims]
         if len(body) != 3 * num_dims:

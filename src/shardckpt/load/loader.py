@@ -111,7 +111,7 @@ def load_state(
             _logger.warning("%s: saved by another world size; the target's own value is kept", key)
     try:
         with no_garbage_collection():
-            filling.read()
+            filling.read(round_.rank)
     except Exception as error:
         _agree_poisoned(round_, "read", error, poisons=not options.transactional)
         raise
@@ -215,8 +215,8 @@ class _Filling:
                 wanted.append(Wanted(tensor, shard.box, host))
         self.plan: LoadPlan = plan_load(checkpoint, wanted)
 
-    def read(self) -> None:
-        run_load(self.plan)
+    def read(self, rank: int) -> None:
+        run_load(self.plan, first_file=rank)
 
     def place(self) -> None:
         for temporary in self._temporaries:

@@ -2,13 +2,14 @@
 
 Layer: load. Every wanted box is met with the saved shards; the bytes needed are rounded to checksum
 chunks; neighbours in a file are read together. Where whole chunks lie contiguously in the target
-they are read straight into it, the rest goes through a scratch buffer. Coverage is proved here,
+they go there as they are, the rest by rows of a strided copy. Coverage is proved here,
 before the first byte is read.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from operator import attrgetter
 from typing import TYPE_CHECKING, Final
 
 from shardckpt.errors import CorruptCheckpointError
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     from shardckpt.state import HostArray
 
 READ_BYTES: Final = 8 << 20
+# Fewer bytes are not worth pieces of their own between the ends of a range.
 _DIRECT_FROM_BYTES: Final = 256 * 1024
 _MERGE_GAP_BYTES: Final = 4096
 
@@ -55,7 +57,8 @@ class Piece:
         stop: One past the last; a chunk multiple or the payload's end.
         wanted: Where they go.
         inner: The part of the shard that is wanted, in coordinates of the shard.
-        direct_address: Where they are read to, or 0 for scratch.
+        direct_address: Where all of them go as they are, or 0 where `copy_rows_of` says what goes
+            where.
     """
 
     payload: SavedPayload
@@ -218,13 +221,11 @@ def _chunks(payload: SavedPayload, met: _Met, want: Wanted, item: int) -> Iterat
     if first >= last:
         return
     start, stop = _round_out(first, last, payload.nbytes)
-    if stop - start < _DIRECT_FROM_BYTES:
-        yield Piece(payload, start, stop, want, inner, 0)
-        return
     direct = _direct_base(payload, met, want, item)
     inside_start = -(-first // CHUNK_BYTES) * CHUNK_BYTES
     inside_stop = last if last == payload.nbytes else last // CHUNK_BYTES * CHUNK_BYTES
-    if direct is None or inside_stop - inside_start < _DIRECT_FROM_BYTES:
+    is_short = inside_stop - inside_start < _DIRECT_FROM_BYTES
+    if direct is None or (is_short and (inside_start, inside_stop) != (start, stop)):
         inside_start = inside_stop = stop
     for low, high, base in (
         (start, inside_start, None),
@@ -299,15 +300,13 @@ def _round_out(first: int, last: int, nbytes: int) -> tuple[int, int]:
 
 
 def _reads(file: OpenFile, pieces: list[Piece]) -> list[Read]:
-    """Group pieces of one file into ranged reads; direct ones stand alone."""
+    """Group pieces of one file into ranged reads, in file order."""
     reads: list[Read] = []
-    pieces.sort(key=lambda p: (p.direct_address != 0, p.file_start))
+    pieces.sort(key=attrgetter("file_start"))
+    last: Read | None = None
     for piece in pieces:
-        last = reads[-1] if reads else None
         if (
             last is None
-            or piece.direct_address
-            or last.pieces[0].direct_address
             or piece.file_start > last.stop + _MERGE_GAP_BYTES
             or piece.file_stop - last.start > READ_BYTES + CHUNK_BYTES
         ):
@@ -315,12 +314,11 @@ def _reads(file: OpenFile, pieces: list[Piece]) -> list[Read]:
             reads.append(last)
         last.stop = max(last.stop, piece.file_stop)
         last.pieces.append(piece)
-    reads.sort(key=lambda r: r.start)
     return reads
 
 
 def copy_rows_of(piece: Piece, scratch_address: int) -> Iterator[tuple[int, ...]]:
-    """Yield `native.copy_rows` rows that move a piece from scratch to its target.
+    """Yield `native.copy_rows` rows that move a piece from memory to its target.
 
     Args:
         piece: A piece that is not direct.

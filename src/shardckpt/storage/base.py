@@ -12,6 +12,8 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
     from contextlib import AbstractContextManager
 
+    from shardckpt.native import ChunkSource
+
 
 class LentFile(NamedTuple):
     """What native threads write a file by.
@@ -74,6 +76,15 @@ class Reader(Protocol):
 
         Raises:
             StorageError: The read failed or the object ended early.
+        """
+
+    def lent(self) -> AbstractContextManager[ChunkSource | None]:
+        """Lend a file for native reads within the block; None where the object is no file.
+
+        The block may run in several threads at once; an `OSError` in it leaves as a `StorageError`.
+
+        Raises:
+            StorageError: The object was closed, or a read in the block failed.
         """
 
     def close(self) -> None:

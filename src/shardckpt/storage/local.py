@@ -32,6 +32,7 @@ import errno
 import os
 import secrets
 from contextlib import suppress
+from functools import partial
 from typing import TYPE_CHECKING, Final, final
 
 from shardckpt.errors import StorageError
@@ -45,6 +46,7 @@ from shardckpt.storage.local_files import (
     create_file,
     open_regular,
     read_exactly,
+    reopen,
 )
 
 if TYPE_CHECKING:
@@ -166,7 +168,9 @@ class LocalStorage:
             StorageError: It is not a regular file or cannot be opened.
         """
         fd, nbytes = self._open_existing(key)
-        return LocalReader(self._ops, self._path(key), fd=fd, nbytes=nbytes)
+        return LocalReader(
+            self._ops, self._path(key), fd=fd, nbytes=nbytes, reopen=partial(self._reopen, key)
+        )
 
     def list(self, prefix: str) -> Sequence[str]:
         """Return the names directly below `prefix`, sorted; those no key can have are left out.
@@ -246,6 +250,11 @@ class LocalStorage:
             raise FileNotFoundError(errno.ENOENT, "there is no such object", path) from None
         except OSError as error:
             raise storage_error("open", path, error) from error
+
+    def _reopen(self, key: str, flags: int) -> int:
+        *above, name = split_key(key)
+        with self._dirs.opened(above) as dir_fd:
+            return reopen(self._ops, name, flags, dir_fd=dir_fd)
 
     def _put_once(self, dir_fd: int, name: str, data: bytes) -> bool:
         temporary = _temporary_name()

@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Final, final
 
 from shardckpt.errors import StorageError
+from shardckpt.native import ChunkSource
 from shardckpt.storage.base import LentFile
 from shardckpt.storage.failure import storage_error, storage_errors
 from shardckpt.storage.fileops import close_unwritten
@@ -39,6 +40,15 @@ def create_file(ops: FileOps, name: str, *, dir_fd: int) -> int:
         OSError: The name exists (as a link, too), or the file cannot be made.
     """
     return ops.open(name, _WRITE_FLAGS | os.O_CREAT | os.O_EXCL, dir_fd=dir_fd)
+
+
+def reopen(ops: FileOps, name: str, flags: int, *, dir_fd: int) -> int:
+    """Open a file that was found regular once more, with further flags.
+
+    Raises:
+        OSError: It cannot be opened.
+    """
+    return ops.open(name, _READ_FLAGS | flags, dir_fd=dir_fd)
 
 
 def open_regular(ops: FileOps, name: str, *, dir_fd: int) -> tuple[int, int]:
@@ -260,12 +270,25 @@ class LocalWriter:
 class LocalReader:
     """One file open for ranged reads. Thread-safe."""
 
-    def __init__(self, ops: FileOps, path: str, *, fd: int, nbytes: int) -> None:
-        """Take over `fd` of a regular file with `nbytes`; `path` is for messages."""
+    def __init__(
+        self, ops: FileOps, path: str, *, fd: int, nbytes: int, reopen: Callable[[int], int]
+    ) -> None:
+        """Take over `fd` of a regular file with `nbytes`.
+
+        Args:
+            ops: The file operations.
+            path: For messages.
+            fd: Descriptor for reads through the page cache.
+            nbytes: Size of the file.
+            reopen: Opens the same name with further flags; may raise `OSError`.
+        """
         self._ops: Final = ops
         self._path: Final = path
         self._fd: Final = fd
         self._nbytes: Final = nbytes
+        self._reopen: Final = reopen
+        self._lock: Final = threading.Lock()
+        self._direct_fd: int | None = None if nbytes >= _DIRECT_FROM_BYTES else -1
         self._calls: Final = _Calls(self._release)
 
     @property
@@ -282,11 +305,46 @@ class LocalReader:
         with self._calls.inside("read", self._path):
             read_exactly(self._ops, self._path, self._fd, offset, address, nbytes)
 
+    @contextmanager
+    def lent(self) -> Iterator[ChunkSource]:
+        """Lend the file for native reads within the block; closing waits until the block is left.
+
+        Raises:
+            StorageError: The reader was closed, or a read in the block failed.
+        """
+        with self._calls.inside("read", self._path), storage_errors("read", self._path):
+            with self._lock:
+                if self._direct_fd is None:
+                    self._direct_fd = self._open_direct()
+            yield ChunkSource(self._ops.native_calls(), self._fd, self._direct_fd)
+
     def close(self) -> None:
         """Release the file. Never raises."""
         self._calls.end()
 
+    def _open_direct(self) -> int:
+        """Return a second descriptor for reads past the page cache; -1 where there is none to have.
+
+        Whatever the reason, nothing is lost by it: every byte can be read by the first.
+        """
+        try:
+            fd = self._reopen(os.O_DIRECT)
+        except OSError:
+            _LOG.debug("%s is read through the page cache only", self._path, exc_info=True)
+            return -1
+        try:
+            ours, opened = self._ops.stat_fd(self._fd), self._ops.stat_fd(fd)
+            if (ours.st_dev, ours.st_ino) == (opened.st_dev, opened.st_ino):
+                return fd
+        except BaseException:
+            close_unwritten(self._ops, fd)
+            raise
+        close_unwritten(self._ops, fd)  # The name means another file by now.
+        return -1
+
     def _release(self) -> None:
+        if self._direct_fd is not None and self._direct_fd >= 0:
+            close_unwritten(self._ops, self._direct_fd)
         close_unwritten(self._ops, self._fd)
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import ctypes
 import errno
 import threading
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Final, final
 
 from shardckpt.errors import StorageError
@@ -15,6 +16,7 @@ from shardckpt.storage.keys import split_key, split_prefix
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+    from contextlib import AbstractContextManager
 
 
 @final
@@ -244,6 +246,10 @@ class MemoryReader:
                 f"{len(self._data)} bytes"
             )
         ctypes.memmove(address, data, nbytes)
+
+    def lent(self) -> AbstractContextManager[None]:
+        """Lend nothing: there is no file."""
+        return nullcontext()
 
     def close(self) -> None:
         """Do nothing: memory goes with its last reference."""
