@@ -11,15 +11,17 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
+import msgspec
+
+from shardckpt.geometry.array_spec import ArraySpec
+
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from shardckpt.geometry.array_spec import ArraySpec
     from shardckpt.state import HostArray, Leaf, StateTree
 
 
-@dataclass(frozen=True, slots=True)
-class SavedLeaf:
+class SavedLeaf(msgspec.Struct, frozen=True):
     """What a checkpoint says of one saved array: spec, role, and whether it was cut over a mesh."""
 
     spec: ArraySpec

@@ -8,6 +8,7 @@ seven times as long.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import TYPE_CHECKING, Literal
 
 import msgspec
@@ -41,12 +42,17 @@ class HostArray(msgspec.Struct, frozen=True, gc=False):
     @property
     def is_contiguous(self) -> bool:
         """Return whether the elements lie in C order without gaps."""
-        expected = self.itemsize_bytes
-        for size, stride in zip(reversed(self.shape), reversed(self.strides_bytes), strict=True):
-            if size != 1 and stride != expected:
-                return 0 in self.shape
-            expected *= size
-        return True
+        return _is_contiguous(self.shape, self.strides_bytes, self.itemsize_bytes)
+
+
+@lru_cache(maxsize=4096)
+def _is_contiguous(shape: Shape, strides_bytes: tuple[int, ...], itemsize_bytes: int) -> bool:
+    expected = itemsize_bytes
+    for size, stride in zip(reversed(shape), reversed(strides_bytes), strict=True):
+        if size != 1 and stride != expected:
+            return 0 in shape
+        expected *= size
+    return True
 
 
 class Shard(msgspec.Struct, frozen=True, gc=False):

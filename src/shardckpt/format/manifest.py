@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache, lru_cache
 from typing import Final
 
 import msgspec
@@ -112,8 +112,7 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True):
     environment: dict[str, str]
 
 
-@dataclass(frozen=True, slots=True)
-class SavedTensor:
+class SavedTensor(msgspec.Struct, frozen=True):
     """One array as the manifest describes it."""
 
     key: str
@@ -180,8 +179,9 @@ def tensors(manifest: Manifest, what: str = "manifest") -> dict[str, SavedTensor
         manifest.keys, manifest.dtypes, manifest.shapes, manifest.roles, manifest.layout_ids,
         manifest.owners, strict=True,
     )  # fmt: skip
+    spec_of = cache(ArraySpec)
     return {
-        key: SavedTensor(key, ArraySpec(tuple(shape), dtype), role, layouts[layout_id], owner)
+        key: SavedTensor(key, spec_of(tuple(shape), dtype), role, layouts[layout_id], owner)
         for key, dtype, shape, role, layout_id, owner in columns
     }
 
@@ -285,7 +285,8 @@ def _problem(manifest: Manifest) -> str | None:
     if unknown:
         return f"unknown dtypes {unknown}"
     for key, shape in zip(manifest.keys, manifest.shapes, strict=True):
-        if len(shape) > MAX_DIMS or any(n < 0 for n in shape) or math.prod(shape) > _MAX_ELEMENTS:
+        is_negative = bool(shape) and min(shape) < 0
+        if len(shape) > MAX_DIMS or is_negative or math.prod(shape) > _MAX_ELEMENTS:
             return f"key {key!r} has the impossible shape {shape}"
     if any(not 0 <= i < len(manifest.layouts) for i in manifest.layout_ids):
         return "a tensor has no layout"

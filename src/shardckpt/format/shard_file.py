@@ -212,5 +212,5 @@ def _check_columns(table: Table, what: str) -> None:
     if len(table.boxes) != sum(2 * len(table.shapes[k]) for k in table.key_ids):
         raise CorruptCheckpointError(f"{what}: the table's boxes do not fit its payloads")
     numbers = (table.boxes, *columns, *table.shapes)
-    if any(not 0 <= n <= _MAX_INT for column in numbers for n in column):
+    if any(column and (min(column) < 0 or max(column) > _MAX_INT) for column in numbers):
         raise CorruptCheckpointError(f"{what}: a number of the table is negative or beyond 2^63")

@@ -11,6 +11,8 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Final
 
+import msgspec
+
 from shardckpt.errors import CorruptCheckpointError, StorageError
 from shardckpt.format.manifest import (
     MAX_MANIFEST_BYTES,
@@ -41,13 +43,15 @@ from shardckpt.geometry.layout import BoxLayout
 from shardckpt.geometry.regions import coverage_problem
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from shardckpt.geometry.box import Shape
     from shardckpt.storage.base import Reader, Storage
 
 _MAX_TABLES_PROBLEM: Final = "points outside the payloads of its file"
 
 
-@dataclass(frozen=True, slots=True)
-class SavedPayload:
+class SavedPayload(msgspec.Struct, frozen=True, gc=False):
     """One payload of an open shard file.
 
     Attributes:
@@ -80,7 +84,11 @@ class OpenFile:
     crcs: bytes
     seed: int
     payloads: list[SavedPayload]
-    by_shard: dict[tuple[str, Box], list[SavedPayload]] = field(default_factory=dict)
+    by_shard: dict[tuple[str, Shape, Shape], list[SavedPayload]] = field(default_factory=dict)
+
+    def payloads_of(self, key: str, shard: Box) -> Sequence[SavedPayload]:
+        """Return the payloads of one shard, in the order of the table."""
+        return self.by_shard.get((key, shard.offsets, shard.shape), ())
 
 
 class OpenCheckpoint:
@@ -111,6 +119,7 @@ class OpenCheckpoint:
         if self.manifest.attempt != attempt:
             raise CorruptCheckpointError(f"{key} describes {self.manifest.attempt}")
         self._files: dict[tuple[int, int], OpenFile] = {}
+        self._by_rank: dict[int, list[OpenFile]] = {}
 
     @cached_property
     def tensors(self) -> dict[str, SavedTensor]:
@@ -142,13 +151,17 @@ class OpenCheckpoint:
             CorruptCheckpointError: A file is missing, of another size, or damaged.
             StorageError: A file cannot be read.
         """
-        return [self._open(record) for record in self.records[rank]]
+        files = self._by_rank.get(rank)
+        if files is None:
+            files = self._by_rank[rank] = [self._open(record) for record in self.records[rank]]
+        return files
 
     def close(self) -> None:
         """Close every file that was opened."""
         for file in self._files.values():
             file.reader.close()
         self._files.clear()
+        self._by_rank.clear()
 
     def _open(self, record: FileRecord) -> OpenFile:
         known = self._files.get((record.rank, record.number))
@@ -226,16 +239,20 @@ def _read_table(reader: Reader, record: FileRecord, attempt: str, key: str, what
 
 def _index_payloads(file: OpenFile, record: FileRecord, what: str) -> None:
     table = file.table
+    boxes: dict[tuple[int, ...], Box] = {}
     position = chunk = 0
     columns = zip(table.key_ids, table.starts, table.lengths, table.offsets, strict=True)
     for index, (key_id, start, nbytes, offset) in enumerate(columns):
         num_dims = len(table.shapes[key_id])
-        numbers = table.boxes[position : position + 2 * num_dims]
+        numbers = tuple(table.boxes[position : position + 2 * num_dims])
         position += 2 * num_dims
         if offset < HEADER_BYTES or offset + nbytes > record.table_offset or start % CHUNK_BYTES:
             raise CorruptCheckpointError(f"{what}: payload {index} {_MAX_TABLES_PROBLEM}")
-        box = Box(tuple(numbers[:num_dims]), tuple(numbers[num_dims:]))
-        payload = SavedPayload(index, table.keys[key_id], box, start, nbytes, offset, chunk)
+        box = boxes.get(numbers)
+        if box is None:
+            box = boxes[numbers] = Box(numbers[:num_dims], numbers[num_dims:])
+        key = table.keys[key_id]
+        payload = SavedPayload(index, key, box, start, nbytes, offset, chunk)
         chunk += payload_num_chunks(nbytes)
         file.payloads.append(payload)
-        file.by_shard.setdefault((payload.key, box), []).append(payload)
+        file.by_shard.setdefault((key, box.offsets, box.shape), []).append(payload)

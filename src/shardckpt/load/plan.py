@@ -12,19 +12,23 @@ from dataclasses import dataclass, field
 from operator import attrgetter
 from typing import TYPE_CHECKING, Final
 
+import msgspec
+
 from shardckpt.errors import CorruptCheckpointError
+from shardckpt.format.manifest import SavedTensor
 from shardckpt.format.shard_file import CHUNK_BYTES
 from shardckpt.format.shares import replica_share
+from shardckpt.geometry.box import Box
 from shardckpt.geometry.flat import ranges_to_boxes
 from shardckpt.geometry.runs import element_runs, element_strides, inner_run, single_run
+from shardckpt.load.open import SavedPayload
+from shardckpt.state import HostArray
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
-    from shardckpt.format.manifest import SavedTensor
-    from shardckpt.geometry.box import Box, Shape
-    from shardckpt.load.open import OpenCheckpoint, OpenFile, SavedPayload
-    from shardckpt.state import HostArray
+    from shardckpt.geometry.box import Shape
+    from shardckpt.load.open import OpenCheckpoint, OpenFile
 
 READ_BYTES: Final = 8 << 20
 # Fewer bytes are not worth pieces of their own between the ends of a range.
@@ -32,8 +36,9 @@ _DIRECT_FROM_BYTES: Final = 256 * 1024
 _MERGE_GAP_BYTES: Final = 4096
 
 
-@dataclass(frozen=True, slots=True)
-class Wanted:
+# Structs, because one of each is made for every array, and a frozen dataclass takes ten times as
+# long to make.
+class Wanted(msgspec.Struct, frozen=True, gc=False):
     """One box of a saved array and the host memory it goes to.
 
     Attributes:
@@ -47,8 +52,7 @@ class Wanted:
     target: HostArray
 
 
-@dataclass(frozen=True, slots=True)
-class Piece:
+class Piece(msgspec.Struct, frozen=True, gc=False):
     """Whole chunks of one payload.
 
     Attributes:
@@ -105,24 +109,29 @@ class LoadPlan:
 
 
 @dataclass(frozen=True, slots=True)
-class _Met:
-    """One saved shard that a wanted box meets; many arrays of one shape and layout share it.
+class _Share:
+    """What one rank holds of a saved shard that a wanted box meets.
+
+    Many arrays of one shape and layout share it. Bytes count from the start of the shard.
 
     Attributes:
         shard: The saved shard.
-        ranks: Who holds its replicas.
+        rank: Who holds bytes `[start, stop)` of it.
+        start: First byte held, of the whole shard in C order.
+        stop: One past the last.
         inner: The wanted part, in coordinates of the shard.
-        span: First and one past the last element of `inner` in the shard.
-        run: The same where `inner` is one contiguous range, else None.
-        target_run: Where that range starts in a contiguous target, or None where it is cut there.
+        run: First and one past the last byte of `inner`, where it is one contiguous range, else
+            None.
+        target_start: Where that range begins in a contiguous target, or None where it is cut there.
     """
 
     shard: Box
-    ranks: tuple[int, ...]
+    rank: int
+    start: int
+    stop: int
     inner: Box
-    span: tuple[int, int]
     run: tuple[int, int] | None
-    target_run: int | None
+    target_start: int | None
 
 
 def plan_load(checkpoint: OpenCheckpoint, wanted: Sequence[Wanted]) -> LoadPlan:
@@ -134,114 +143,104 @@ def plan_load(checkpoint: OpenCheckpoint, wanted: Sequence[Wanted]) -> LoadPlan:
     """
     pieces: dict[str, list[Piece]] = {}
     files: dict[str, OpenFile] = {}
-    known: dict[tuple[int, Box, Shape], list[_Met]] = {}
+    known: dict[tuple[int, Box, Shape, int, int], list[_Share]] = {}
     needed = 0
     for want in wanted:
-        spec = want.tensor.spec
-        needed += want.box.num_elements * spec.itemsize_bytes
-        case = (id(want.tensor.layout), want.box, spec.shape)
-        if case not in known:
-            known[case] = list(_met(want))
-        for met in known[case]:
-            for file, piece in _pieces(checkpoint, want, met):
-                files[file.key] = file
-                pieces.setdefault(file.key, []).append(piece)
+        tensor = want.tensor
+        item = tensor.spec.itemsize_bytes
+        needed += want.box.num_elements * item
+        case = (id(tensor.layout), want.box, tensor.spec.shape, item, tensor.owner)
+        shares = known.get(case)
+        if shares is None:
+            shares = known[case] = list(_shares(want, item))
+        for share in shares:
+            for file, payload in _payloads(checkpoint, tensor.key, share):
+                of_file = pieces.get(file.key)
+                if of_file is None:
+                    files[file.key] = file
+                    of_file = pieces[file.key] = []
+                of_file += _chunks(payload, share, want, item)
     reads: list[Read] = []
     for key in sorted(pieces):
         reads += _reads(files[key], pieces[key])
     return LoadPlan(tuple(reads), sum(r.stop - r.start for r in reads), needed)
 
 
-def _met(want: Wanted) -> Iterator[_Met]:
-    """Yield the saved shards that a wanted box meets."""
-    for shard, ranks in want.tensor.layout.shards_touching(want.box, want.tensor.spec.shape):
+def _shares(want: Wanted, item: int) -> Iterator[_Share]:
+    """Yield what holds the bytes of the saved shards that a wanted box meets."""
+    tensor = want.tensor
+    for shard, ranks in tensor.layout.shards_touching(want.box, tensor.spec.shape):
         common = shard.intersect(want.box)
         if common is None:
             continue
         inner = common.relative_to(shard)
+        first, last = (n * item for n in _span(inner, shard.shape))
         run = single_run(inner, shard.shape)
         target_run = single_run(common.relative_to(want.box), want.box.shape)
-        yield _Met(
-            shard,
-            ranks,
-            inner,
-            _span(inner, shard.shape),
-            run,
-            None if target_run is None else target_run[0],
-        )
-
-
-def _pieces(
-    checkpoint: OpenCheckpoint, want: Wanted, met: _Met
-) -> Iterator[tuple[OpenFile, Piece]]:
-    tensor = want.tensor
-    item = tensor.spec.itemsize_bytes
-    first, last = met.span[0] * item, met.span[1] * item
-    nbytes = met.shard.num_elements * item
-    for replica, rank in enumerate(met.ranks):
-        start, stop = replica_share(nbytes, len(met.ranks), tensor.owner, replica)
-        if max(start, first) >= min(stop, last):
-            continue
-        for file, payload in _payloads(checkpoint, tensor.key, met.shard, rank, start, stop):
-            for piece in _chunks(payload, met, want, item):
-                yield file, piece
+        nbytes = shard.num_elements * item
+        for replica, rank in enumerate(ranks):
+            start, stop = replica_share(nbytes, len(ranks), tensor.owner, replica)
+            if max(start, first) < min(stop, last):
+                yield _Share(
+                    shard, rank, start, stop, inner,
+                    None if run is None else (run[0] * item, run[1] * item),
+                    None if run is None or target_run is None else target_run[0] * item,
+                )  # fmt: skip
 
 
 def _payloads(
-    checkpoint: OpenCheckpoint, key: str, shard: Box, rank: int, start: int, stop: int
+    checkpoint: OpenCheckpoint, key: str, share: _Share
 ) -> list[tuple[OpenFile, SavedPayload]]:
-    """Return the payloads that hold bytes `[start, stop)` of a shard, proved to tile it."""
-    found = [(f, p) for f in checkpoint.files_of(rank) for p in f.by_shard.get((key, shard), ())]
-    found.sort(key=lambda fp: fp[1].start)
-    position = start
+    """Return the payloads that hold the bytes of a share, proved to tile it."""
+    shard, position = share.shard, share.start
+    found = [(f, p) for f in checkpoint.files_of(share.rank) for p in f.payloads_of(key, shard)]
+    if len(found) > 1:
+        found.sort(key=lambda fp: fp[1].start)
     for _, payload in found:
         if payload.start != position:
             break
         position += payload.nbytes
-    if position != stop or not found:
+    if position != share.stop or not found:
         raise CorruptCheckpointError(
-            f"{checkpoint.manifest.attempt}, key {key!r}: the files of rank {rank} should hold "
-            "bytes "
-            f"[{start}, {stop}) of {shard}, their tables list "
+            f"{checkpoint.manifest.attempt}, key {key!r}: the files of rank {share.rank} should "
+            f"hold bytes [{share.start}, {share.stop}) of {shard}, their tables list "
             f"{[(p.start, p.start + p.nbytes) for _, p in found]}"
         )
     return found
 
 
-def _chunks(payload: SavedPayload, met: _Met, want: Wanted, item: int) -> Iterator[Piece]:
+def _chunks(payload: SavedPayload, share: _Share, want: Wanted, item: int) -> Iterator[Piece]:
     """Yield the chunk-rounded pieces of one payload that hold elements wanted of its shard."""
-    run, inner = met.run, met.inner
+    run, inner = share.run, share.inner
     if run is None:
-        for start, stop in _chunk_ranges(payload, met.shard, inner, item):
+        for start, stop in _chunk_ranges(payload, share.shard, inner, item):
             for cut in range(start, stop, READ_BYTES):
                 yield Piece(payload, cut, min(stop, cut + READ_BYTES), want, inner, 0)
         return
-    first = max(run[0] * item - payload.start, 0)
-    last = min(run[1] * item - payload.start, payload.nbytes)
+    first = max(run[0] - payload.start, 0)
+    last = min(run[1] - payload.start, payload.nbytes)
     if first >= last:
         return
     start, stop = _round_out(first, last, payload.nbytes)
-    direct = _direct_base(payload, met, want, item)
     inside_start = -(-first // CHUNK_BYTES) * CHUNK_BYTES
     inside_stop = last if last == payload.nbytes else last // CHUNK_BYTES * CHUNK_BYTES
-    is_short = inside_stop - inside_start < _DIRECT_FROM_BYTES
-    if direct is None or (is_short and (inside_start, inside_stop) != (start, stop)):
+    is_all_inside = inside_start == start and inside_stop == stop
+    base = 0
+    if share.target_start is None or not want.target.is_contiguous:
         inside_start = inside_stop = stop
-    for low, high, base in (
-        (start, inside_start, None),
-        (inside_start, inside_stop, direct),
-        (inside_stop, stop, None),
-    ):
+    elif is_all_inside or inside_stop - inside_start >= _DIRECT_FROM_BYTES:
+        # Where byte 0 of the payload would lie.
+        base = want.target.address + share.target_start - run[0] + payload.start
+        if is_all_inside and stop - start <= READ_BYTES:
+            yield Piece(payload, start, stop, want, inner, base + start)
+            return
+    else:
+        inside_start = inside_stop = stop
+    for low, high in ((start, inside_start), (inside_start, inside_stop), (inside_stop, stop)):
+        is_inside = inside_start <= low < inside_stop
         for cut in range(low, high, READ_BYTES):
-            address = 0 if base is None else base + cut
+            address = base + cut if is_inside else 0
             yield Piece(payload, cut, min(high, cut + READ_BYTES), want, inner, address)
-
-
-def _direct_base(payload: SavedPayload, met: _Met, want: Wanted, item: int) -> int | None:
-    """Return where byte 0 of the payload would lie, if the target is as contiguous."""
-    if met.run is None or met.target_run is None or not want.target.is_contiguous:
-        return None
-    return want.target.address + (met.target_run - met.run[0]) * item + payload.start
 
 
 def _chunk_ranges(

@@ -76,7 +76,7 @@ def _coverage_problems(checkpoint: OpenCheckpoint) -> Iterator[str]:
                 held = sum(
                     p.nbytes
                     for f in checkpoint.files_of(rank)
-                    for p in f.by_shard.get((tensor.key, shard), ())
+                    for p in f.payloads_of(tensor.key, shard)
                 )
                 if held != stop - start:
                     yield (

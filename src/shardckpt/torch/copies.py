@@ -82,14 +82,14 @@ def check_fillable(tensor: torch.Tensor, what: str) -> None:
             f"{what}: a lazily conjugated or negated tensor cannot be filled; call "
             "resolve_conj() or resolve_neg()"
         )
-    if any(s == 0 and n > 1 for s, n in zip(tensor.stride(), tensor.shape, strict=True)):
+    strides = tensor.stride()
+    if 0 in strides and any(s == 0 and n > 1 for s, n in zip(strides, tensor.shape, strict=True)):
         raise UnsupportedStateError(
-            f"{what}: an expanded tensor (strides {tensor.stride()}) cannot be filled; make it "
-            "contiguous"
+            f"{what}: an expanded tensor (strides {strides}) cannot be filled; make it contiguous"
         )
 
 
 def _lent(tensor: torch.Tensor) -> HostArray:
     item = tensor.element_size()
-    strides = tuple(stride * item for stride in tensor.stride())
+    strides = tuple([stride * item for stride in tensor.stride()])
     return HostArray(tensor.data_ptr(), tuple(tensor.shape), strides, item, tensor)
