@@ -153,5 +153,15 @@ TEST(ATableThatIsNoEncodingCopiesNothing) {
   EXPECT(CopyRows(good, 1).ok() && dst == 2, "ndim 0 is one item");
 }
 
+TEST(SourcesMayCountFromABase) {
+  const std::vector<uint8_t> src{1, 2, 3, 4, 5, 6};
+  std::vector<uint8_t> dst(2);
+  const std::vector<int64_t> table{Address(dst.data()), 4, 1, 1, 2, 1, 1};
+  EXPECT(CopyRows(table, 1, Address(src.data())).ok(), "");
+  EXPECT(dst == (std::vector<uint8_t>{5, 6}), "bytes differ");
+  EXPECT(CopyRows(table, 1, INT64_MAX).code() == StatusCode::kInvalid, "no such address");
+  EXPECT(CopyRows(table, 1, -4).code() == StatusCode::kInvalid, "a null address");
+}
+
 }  // namespace
 }  // namespace shardckpt

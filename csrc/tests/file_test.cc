@@ -102,6 +102,45 @@ TEST(AnErrorAfterAShortWriteIsReportedWithItsErrnoAndPlace) {
   EXPECT(fake.num_calls == 2, "an error must not be retried");
 }
 
+TEST(BlocksAreCarriedOnFromTheLastWholeOne) {
+  fake = Fake{.bytes = Pattern(3 * kBlockBytes + 100), .script = {5000, -EINTR, 4096, 4096}};
+  alignas(kBlockBytes) static uint8_t data[4 * kBlockBytes];
+  size_t num_read = 0;
+  // 5000 bytes, then from 4096 again, from 8192 and from 12288 to the end of the file.
+  const size_t needed = 3 * kBlockBytes + 100;
+  EXPECT(ReadBlocks(kFakeOps, 3, data, sizeof(data), needed, 0, &num_read).ok(), "");
+  EXPECT(num_read == needed, std::to_string(num_read));
+  EXPECT(std::equal(fake.bytes.begin(), fake.bytes.end(), data), "bytes differ");
+  EXPECT(fake.num_calls == 5, std::to_string(fake.num_calls));
+}
+
+TEST(BlocksEndWithTheFile) {
+  alignas(kBlockBytes) static uint8_t data[2 * kBlockBytes];
+  size_t num_read = 0;
+  fake = Fake{.bytes = Pattern(kBlockBytes + 10)};
+  EXPECT(ReadBlocks(kFakeOps, 3, data, sizeof(data), sizeof(data), 0, &num_read).ok(), "");
+  EXPECT(num_read == kBlockBytes + 10, std::to_string(num_read));
+  fake = Fake{.bytes = Pattern(kBlockBytes + 10)};
+  EXPECT(ReadBlocks(kFakeOps, 3, data, sizeof(data), 100, kBlockBytes, &num_read).ok(), "");
+  EXPECT(num_read == 10, std::to_string(num_read));
+}
+
+TEST(WhatIsNoBlockIsRefusedBeforeAnyCall) {
+  alignas(kBlockBytes) static uint8_t data[2 * kBlockBytes];
+  size_t num_read = 0;
+  fake = Fake{.bytes = Pattern(100)};
+  const auto is_refused = [&](uint8_t* to, size_t size, size_t needed, int64_t offset) {
+    return ReadBlocks(kFakeOps, 3, to, size, needed, offset, &num_read).code() ==
+           StatusCode::kInvalid;
+  };
+  EXPECT(is_refused(data + 1, kBlockBytes, 1, 0), "");
+  EXPECT(is_refused(data, kBlockBytes + 1, 1, 0), "");
+  EXPECT(is_refused(data, kBlockBytes, 1, 512), "");
+  EXPECT(is_refused(data, kBlockBytes, kBlockBytes + 1, 0), "");
+  EXPECT(is_refused(data, kBlockBytes, 1, -4096), "");
+  EXPECT(fake.num_calls == 0, std::to_string(fake.num_calls));
+}
+
 TEST(AReadErrorIsReportedWithItsErrno) {
   fake = Fake{.bytes = Pattern(100), .script = {10, -EIO}};
   std::vector<uint8_t> data(80);
