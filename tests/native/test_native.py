@@ -339,3 +339,86 @@ def test_importing_it_loads_no_framework_and_no_numpy(module: str) -> None:
 def test_no_module_uses_torch_distributed_checkpoint() -> None:
     for file in PACKAGE.rglob("*.py"):
         assert "distributed.checkpoint" not in file.read_text(), file
+
+
+@both_paths
+def test_chunks_that_make_no_sense_are_refused(path: ModuleType) -> None:
+    data = np.zeros(100, np.uint8)
+    source = native.ChunkSource(0, -1, -1)
+    good = native.ChunkRange(0, 100, array("q", (0, 100, 0, 0)), array("q"), b"\0" * 8, 0, 64)
+    for change in (
+        {"start": -1},
+        {"stop": (64 << 20) + 1},
+        {"stop": 99},
+        {"start": 1},
+        {"pieces": array("q", (0, 100, 1, 0))},
+        {"pieces": array("q", (0, 100, -1, 0))},
+        {"pieces": array("q", (0, -1, 0, 0))},
+        {"pieces": array("q", (0, 100, 0))},
+        {"crcs": b"\0" * 7},
+        {"chunk_bytes": 0},
+    ):
+        bad = good._replace(**change)  # type: ignore[arg-type]
+        with pytest.raises(ValueError, match="chunks: "):
+            _implementation(path).read_chunks(*source, *bad)
+        with pytest.raises(ValueError, match="chunks: "):
+            _implementation(path).place_chunks(address_of(data), *bad)
+
+
+def _implementation(path: ModuleType) -> ModuleType:
+    """Return the module behind the door, so that the door's own tuples are not needed."""
+    return pure if path is pure else native._impl
+
+
+@given(st.data())
+def test_both_paths_place_the_same_chunks_and_find_the_same_damage(
+    tmp_path_factory: pytest.TempPathFactory, data: st.DataObject
+) -> None:
+    chunk_bytes = data.draw(st.sampled_from([1, 64, 4096]))
+    random = np.random.default_rng(data.draw(st.integers(0, 1000)))
+    content = random.integers(0, 256, data.draw(st.integers(1, 20_000)), np.uint8)
+    start = data.draw(st.integers(0, len(content) - 1))
+    stop = data.draw(st.integers(start + 1, len(content)))
+    targets = np.zeros((2, 3, len(content)), np.uint8)
+    pieces: list[list[tuple[int, int, int, int]]] = [[], []]
+    crcs = b""
+    for number in range(data.draw(st.integers(1, 3))):
+        offset = data.draw(st.integers(start, stop - 1))
+        nbytes = data.draw(st.integers(0, stop - offset))
+        is_placed = data.draw(st.booleans())
+        for side in (0, 1):
+            address = address_of(targets[side, number]) if is_placed else 0
+            pieces[side].append((offset, nbytes, len(crcs) // 4, address))
+        row = array("q", (address_of(content) + offset, nbytes, offset))
+        crcs += pure.chunk_crcs(row, 5, chunk_bytes)
+    if data.draw(st.booleans()):
+        content[data.draw(st.integers(0, len(content) - 1))] ^= 1
+    cut = data.draw(st.sampled_from([len(content), len(content) // 2]))
+    file = tmp_path_factory.getbasetemp() / "chunks"
+    file.write_bytes(content[:cut].tobytes())
+    has_rows = data.draw(st.booleans())
+    found: list[list[tuple[int, int, int]]] = [[], []]
+    fd = os.open(file, os.O_RDONLY)
+    try:
+        for side, path in enumerate((native._impl, pure)):
+            rows = array("q")
+            if has_rows and stop - start >= 8:
+                scattered = targets[side, 2]
+                rows.extend((address_of(scattered), 1, 1, 1, 4, 2, 2))
+            flat = array("q", [n for piece in pieces[side] for n in piece])
+            rest = (start, stop, flat, rows, crcs, 5, chunk_bytes)
+            memory = address_of(content) + start
+            found[side].append(tuple(path.place_chunks(memory, *rest)))
+            placed = targets[side].copy()
+            targets[side] = 0
+            found[side].append(tuple(path.read_chunks(0, fd, -1, *rest)))
+            if cut == len(content) and found[side][0][1] < 0:
+                assert np.array_equal(placed, targets[side])
+    finally:
+        os.close(fd)
+    assert found[0][0] == found[1][0]
+    is_whole = found[1][1][0] == stop
+    if is_whole:
+        assert found[0][1] == found[1][1]
+    if is_whole and found[0][0][1] < 0:
+        assert np.array_equal(targets[0], targets[1])
