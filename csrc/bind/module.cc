@@ -294,7 +294,7 @@ class Chunks {
   ChunkRange range_;
 };
 
-nb::tuple ReadChunksOf(uintptr_t calls, int fd, int direct_fd, int64_t start_bytes,
+nb::tuple ReadChunksOf(int fd, int direct_fd, uintptr_t calls, int64_t start_bytes,
                        int64_t stop_bytes, nb::handle pieces, nb::handle rows, nb::handle crcs,
                        uint32_t seed, int64_t chunk_bytes) {
   const Chunks chunks(start_bytes, stop_bytes, pieces, rows, crcs, seed, chunk_bytes);
@@ -333,7 +333,7 @@ NB_MODULE(_native, m) {
   m.def("crc32c_path", shardckpt::Crc32cPathName);
   m.def("chunk_crcs", shardckpt::ChunkCrcsOfRows, "rows"_a, "seed"_a, "chunk_bytes"_a);
   m.def("copy_rows", shardckpt::CopyTable, "rows"_a, "num_threads"_a);
-  m.def("read_chunks", shardckpt::ReadChunksOf, "calls"_a, "fd"_a, "direct_fd"_a, "start"_a,
+  m.def("read_chunks", shardckpt::ReadChunksOf, "fd"_a, "direct_fd"_a, "calls"_a, "start"_a,
         "stop"_a, "pieces"_a, "rows"_a, "crcs"_a, "seed"_a, "chunk_bytes"_a);
   m.def("place_chunks", shardckpt::PlaceChunksOf, "address"_a, "start"_a, "stop"_a, "pieces"_a,
         "rows"_a, "crcs"_a, "seed"_a, "chunk_bytes"_a);

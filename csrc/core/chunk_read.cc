@@ -4,11 +4,11 @@
 
 #include <algorithm>
 #include <cerrno>
-#include <cstring>
 #include <string>
 
 #include "core/copy.h"
 #include "core/crc32c.h"
+#include "core/stream_copy.h"
 
 namespace shardckpt {
 namespace {
@@ -22,12 +22,6 @@ constexpr size_t kHugePageBytes = size_t{2} << 20;
 
 int64_t RoundDown(int64_t value, int64_t step) { return value / step * step; }
 int64_t RoundUp(int64_t value, int64_t step) { return (value + step - 1) / step * step; }
-
-uint32_t CopyWithCrc(void* dst, const void* src, size_t size_bytes) {
-  const uint32_t crc = Crc32c(0, src, size_bytes);
-  std::memcpy(dst, src, size_bytes);
-  return crc;
-}
 
 uint32_t LoadCrc(const uint8_t* bytes) {
   return static_cast<uint32_t>(bytes[0]) | static_cast<uint32_t>(bytes[1]) << 8 |
@@ -269,8 +263,9 @@ Status Place(const ChunkRange& range, Window* window, ChunkOutcome* outcome) {
       const uint32_t crc =
           piece.address == 0
               ? Crc32c(0, data, num_bytes)
-              : CopyWithCrc(reinterpret_cast<void*>(static_cast<uintptr_t>(piece.address + start)),
-                            data, num_bytes);
+              : CopyAndCrc(0,
+                           reinterpret_cast<void*>(static_cast<uintptr_t>(piece.address + start)),
+                           data, num_bytes);
       if (!Matches(range, piece.first_chunk + start / range.chunk_bytes, offset, crc, outcome)) {
         return Status::Ok();
       }

@@ -8,9 +8,9 @@ def crc32c_path() -> str: ...
 def chunk_crcs(rows: array[int], seed: int, chunk_bytes: int) -> bytes: ...
 def copy_rows(rows: array[int], num_threads: int) -> None: ...
 def read_chunks(
-    calls: int,
     fd: int,
     direct_fd: int,
+    calls: int,
     start: int,
     stop: int,
     pieces: array[int],

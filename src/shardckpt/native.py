@@ -18,20 +18,6 @@ if TYPE_CHECKING:
     from shardckpt._native import Engine as Engine
 
 
-class ChunkSource(NamedTuple):
-    """What native code reads a file by; the lender keeps it open.
-
-    Attributes:
-        calls: Address of the `pure.FileCalls` to read by; 0 for the system's own.
-        fd: Descriptor of the file.
-        direct_fd: The same file opened with O_DIRECT; -1 where it cannot be.
-    """
-
-    calls: int
-    fd: int
-    direct_fd: int
-
-
 class ChunkRange(NamedTuple):
     """Bytes of one file: what is read, what it must be, and where it goes.
 
@@ -130,17 +116,23 @@ def copy_rows(rows: array[int], num_threads: int) -> None:
     _impl.copy_rows(rows, num_threads)
 
 
-def read_chunks(source: ChunkSource, wanted: ChunkRange) -> ChunkOutcome:
+def read_chunks(fd: int, direct_fd: int, calls: int, wanted: ChunkRange) -> ChunkOutcome:
     """Read a range, check every chunk of it and put it into place; without the GIL.
 
     What is checked is what is placed. Bytes in the page cache are taken from there, others past it.
     Stops at the first chunk that is wrong or missing: the places may then hold anything.
 
+    Args:
+        fd: Descriptor of the file.
+        direct_fd: The same file opened with O_DIRECT; -1 where it cannot be.
+        calls: Address of the `pure.FileCalls` to read by; 0 for the system's own.
+        wanted: What to read and where it goes.
+
     Raises:
         OSError: The system refused.
         ValueError: The range makes no sense; nothing was touched.
     """
-    return ChunkOutcome(*_impl.read_chunks(*source, *wanted))
+    return ChunkOutcome(*_impl.read_chunks(fd, direct_fd, calls, *wanted))
 
 
 def place_chunks(address: int, wanted: ChunkRange) -> ChunkOutcome:

@@ -132,9 +132,9 @@ def copy_rows(rows: array[int], num_threads: int) -> None:
 
 
 def read_chunks(
-    calls: int,
     fd: int,
     direct_fd: int,
+    calls: int,
     start: int,
     stop: int,
     pieces: array[int],

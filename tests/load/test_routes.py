@@ -28,10 +28,11 @@ from shardckpt.testing.arrays import ArrayBackend
 from shardckpt.testing.jobs import JobOptions, open_job
 
 if TYPE_CHECKING:
+    from contextlib import AbstractContextManager
     from pathlib import Path
 
     from shardckpt.load.read import Read
-    from shardckpt.storage.base import Storage
+    from shardckpt.storage.base import LentFile, Reader, Storage
 
 _WAIT_S = 20
 
@@ -336,8 +337,14 @@ def test_a_file_closed_during_a_read_stays_open_until_the_read_is_done(tmp_path:
     assert num_open > 0
     assert errors == []
     assert sorted(ops.opened) == sorted(ops.closed)
-    with pytest.raises(StorageError, match="closed or given up"), file.reader.lent():
+    with pytest.raises(StorageError, match="closed or given up"), _lent(file.reader):
         pass
+
+
+def _lent(reader: Reader) -> AbstractContextManager[LentFile]:
+    lent = reader.lend()
+    assert lent is not None
+    return lent
 
 
 def test_each_rank_begins_at_a_file_of_its_own(tmp_path: Path) -> None:

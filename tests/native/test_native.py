@@ -344,7 +344,6 @@ def test_no_module_uses_torch_distributed_checkpoint() -> None:
 @both_paths
 def test_chunks_that_make_no_sense_are_refused(path: ModuleType) -> None:
     data = np.zeros(100, np.uint8)
-    source = native.ChunkSource(0, -1, -1)
     good = native.ChunkRange(0, 100, array("q", (0, 100, 0, 0)), array("q"), b"\0" * 8, 0, 64)
     for change in (
         {"start": -1},
@@ -360,7 +359,7 @@ def test_chunks_that_make_no_sense_are_refused(path: ModuleType) -> None:
     ):
         bad = good._replace(**change)  # type: ignore[arg-type]
         with pytest.raises(ValueError, match="chunks: "):
-            _implementation(path).read_chunks(*source, *bad)
+            _implementation(path).read_chunks(-1, -1, 0, *bad)
         with pytest.raises(ValueError, match="chunks: "):
             _implementation(path).place_chunks(address_of(data), *bad)
 
@@ -411,7 +410,7 @@ def test_both_paths_place_the_same_chunks_and_find_the_same_damage(
             found[side].append(tuple(path.place_chunks(memory, *rest)))
             placed = targets[side].copy()
             targets[side] = 0
-            found[side].append(tuple(path.read_chunks(0, fd, -1, *rest)))
+            found[side].append(tuple(path.read_chunks(fd, -1, 0, *rest)))
             if cut == len(content) and found[side][0][1] < 0:
                 assert np.array_equal(placed, targets[side])
     finally:

@@ -437,5 +437,3 @@ def test_closing_removes_the_hook_and_lets_go_of_the_parameters(late_save: Any) 
     late_save.fences.close()
     assert len(_global_optimizer_pre_hooks) == hooks - 1
     late_save.fences.close()
-
-

@@ -113,14 +113,15 @@ def _run(read: Read, pieces: array[int], rows: array[int]) -> None:
     wanted = native.ChunkRange(
         read.start, read.stop, pieces, rows, file.crcs, file.seed, CHUNK_BYTES
     )
-    with file.reader.lent() as source:
-        if source is None:
-            buffer = ctypes.create_string_buffer(read.stop - read.start)
-            address = ctypes.addressof(buffer)
-            file.reader.read_into(read.start, address, read.stop - read.start)
-            outcome = native.place_chunks(address, wanted)
-        else:
-            outcome = native.read_chunks(source, wanted)
+    lent = file.reader.lend()
+    if lent is None:
+        buffer = ctypes.create_string_buffer(read.stop - read.start)
+        address = ctypes.addressof(buffer)
+        file.reader.read_into(read.start, address, read.stop - read.start)
+        outcome = native.place_chunks(address, wanted)
+    else:
+        with lent as source:
+            outcome = native.read_chunks(source.fd, source.direct_fd, source.calls, wanted)
     if outcome.end < read.stop:
         raise StorageError(
             f"cannot read bytes {read.start} to {read.stop} of {file.key}: it ends at byte "

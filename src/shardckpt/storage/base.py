@@ -12,14 +12,12 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
     from contextlib import AbstractContextManager
 
-    from shardckpt.native import ChunkSource
-
 
 class LentFile(NamedTuple):
-    """What native threads write a file by.
+    """What native threads read or write a file by.
 
     Attributes:
-        fd: Descriptor for buffered writes.
+        fd: Descriptor for calls through the page cache.
         direct_fd: The same file past the page cache, or -1.
         calls: `FileOps.native_calls()`.
     """
@@ -78,8 +76,8 @@ class Reader(Protocol):
             StorageError: The read failed or the object ended early.
         """
 
-    def lent(self) -> AbstractContextManager[ChunkSource | None]:
-        """Lend a file for native reads within the block; None where the object is no file.
+    def lend(self) -> AbstractContextManager[LentFile] | None:
+        """Lend the file to native code for the block; None where no descriptor leads to it.
 
         The block may run in several threads at once; an `OSError` in it leaves as a `StorageError`.
 

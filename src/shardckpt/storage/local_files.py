@@ -15,7 +15,6 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Final, final
 
 from shardckpt.errors import StorageError
-from shardckpt.native import ChunkSource
 from shardckpt.storage.base import LentFile
 from shardckpt.storage.failure import storage_error, storage_errors
 from shardckpt.storage.fileops import close_unwritten
@@ -306,8 +305,8 @@ class LocalReader:
             read_exactly(self._ops, self._path, self._fd, offset, address, nbytes)
 
     @contextmanager
-    def lent(self) -> Iterator[ChunkSource]:
-        """Lend the file for native reads within the block; closing waits until the block is left.
+    def lend(self) -> Iterator[LentFile]:
+        """Lend the descriptors to native code for the block; until its end they stay open.
 
         Raises:
             StorageError: The reader was closed, or a read in the block failed.
@@ -316,7 +315,8 @@ class LocalReader:
             with self._lock:
                 if self._direct_fd is None:
                     self._direct_fd = self._open_direct()
-            yield ChunkSource(self._ops.native_calls(), self._fd, self._direct_fd)
+            direct_fd = self._direct_fd
+            yield LentFile(self._fd, direct_fd, self._ops.native_calls())
 
     def close(self) -> None:
         """Release the file. Never raises."""

@@ -8,7 +8,6 @@ from __future__ import annotations
 import ctypes
 import errno
 import threading
-from contextlib import nullcontext
 from typing import TYPE_CHECKING, Final, final
 
 from shardckpt.errors import StorageError
@@ -16,7 +15,6 @@ from shardckpt.storage.keys import split_key, split_prefix
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
-    from contextlib import AbstractContextManager
 
 
 @final
@@ -247,9 +245,8 @@ class MemoryReader:
             )
         ctypes.memmove(address, data, nbytes)
 
-    def lent(self) -> AbstractContextManager[None]:
-        """Lend nothing: there is no file."""
-        return nullcontext()
+    def lend(self) -> None:
+        """Return None: there is no file."""
 
     def close(self) -> None:
         """Do nothing: memory goes with its last reference."""
