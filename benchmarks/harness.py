@@ -20,6 +20,7 @@ from time import perf_counter
 from typing import TYPE_CHECKING, Any, Final
 
 import torch
+from torch.distributed.tensor import DTensor
 
 import shardckpt
 from shardckpt import native
@@ -75,13 +76,19 @@ def _first_match(path: str, pattern: str) -> str:
 
 
 class Report:
-    """The figures of one benchmark; a figure is judged when it is added."""
+    """The figures of one benchmark; a figure is judged when it is added.
+
+    Attributes:
+        facts: Machine, versions, and what was found out on the way.
+        series: What is plotted.
+    """
 
     def __init__(self, benchmark: str) -> None:
         """Start without figures."""
         self._benchmark = benchmark
         self._figures: dict[str, dict[str, Any]] = {}
         self.facts: dict[str, Any] = facts()
+        self.series: dict[str, Any] = {}
 
     def add(
         self,
@@ -114,6 +121,8 @@ class Report:
             ],
         )
         result = {"benchmark": self._benchmark, "facts": self.facts, "figures": self._figures}
+        if self.series:
+            result["series"] = self.series
         if told.json is not None:
             told.json.parent.mkdir(parents=True, exist_ok=True)
             told.json.write_text(json.dumps(result, indent=1) + "\n")
@@ -174,6 +183,16 @@ def scratch(parent: Path) -> Iterator[Path]:
     """Give a directory that is removed afterwards."""
     with tempfile.TemporaryDirectory(prefix="shardckpt-bench-", dir=parent.resolve()) as name:
         yield Path(name)
+
+
+def locals_of(state: Any) -> list[torch.Tensor]:
+    """Return what this rank holds of every tensor in nested dicts, flat."""
+    if isinstance(state, dict):
+        return [tensor for inner in state.values() for tensor in locals_of(inner)]
+    if not isinstance(state, torch.Tensor):
+        return []
+    local = state.to_local() if isinstance(state, DTensor) else state
+    return [local.detach().view(-1)]
 
 
 def join_gloo(told: RankContext) -> None:
