@@ -71,13 +71,13 @@ class Trainee:
         self.state = {"model": self.model, "optimizer": self.optimizer}
         model, optimizer = get_state_dict(self.model, self.optimizer)
         self.state_dict = {"model": model, "optimizer": optimizer}
-        self._locals = locals_of(self.state_dict)
-        self._copies = [value.clone() for value in self._locals]
-        self.rank_bytes = sum(value.nbytes for value in self._locals)
+        self.locals = locals_of(self.state_dict)
+        self._copies = [value.clone() for value in self.locals]
+        self.rank_bytes = sum(value.nbytes for value in self.locals)
 
     def forget(self) -> None:
         """Overwrite every value, which also touches all memory."""
-        for value in self._locals:
+        for value in self.locals:
             value.fill_(-1)
 
     def check(self, what: str) -> None:
@@ -86,7 +86,7 @@ class Trainee:
         Raises:
             AssertionError: A bit differs.
         """
-        for i, (value, copy) in enumerate(zip(self._locals, self._copies, strict=True)):
+        for i, (value, copy) in enumerate(zip(self.locals, self._copies, strict=True)):
             if not torch.equal(value.view(torch.uint8), copy.view(torch.uint8)):
                 raise AssertionError(f"{what}: local tensor {i} differs from what was saved")
 
@@ -119,7 +119,7 @@ def measure(told: RankContext, place: Path, nbytes: int, rounds: int) -> dict[st
                 shutil.rmtree(theirs, ignore_errors=True)
                 os.sync()
             seconds[f"{name} save"].append(together(save))
-            _settle(ours, told)
+            settle(ours, told)
             for kind in ("cold", "warm"):
                 trainee.forget()
                 if kind == "cold" and told.rank == 0:
@@ -147,7 +147,7 @@ def _save(
     handle.wait()
 
 
-def _settle(store: Path, told: RankContext) -> None:
+def settle(store: Path, told: RankContext) -> None:
     """Wait until the step before is removed, so that its removal disturbs no timed part."""
     deadline = time.monotonic() + SWEEP_TIMEOUT_S
     while len(list(store.glob("step-*"))) > KEPT_STEPS:

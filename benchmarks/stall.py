@@ -34,8 +34,6 @@ from shardckpt.testing.ranks import RankContext, run_ranks
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from trainee import Mode
-
 NONE: Final = "no saves"
 MODES: Final[tuple[Mode, ...]] = ("device", "compute")
 SIZES_GIB: Final = (0.25, 1.0, 4.0)
@@ -211,7 +209,8 @@ class Judged:
         cpu_s: Median per save, on the rank that used most.
         disturbed: Median time of a step before the save was durable, per undisturbed step.
         window_s: The least time from a step's begin to its optimizer.
-        trace_s: Seconds of the call, then of the steps; medians over saves.
+        trace_s: Seconds of an undisturbed step, of the one that ends in `save()`, of those after it
+            until all is drained; medians over saves.
     """
 
     stalls_s: list[float]
@@ -249,7 +248,7 @@ def judge(ranks: list[list[Turn]], idle: list[list[Turn]]) -> Judged:
         ],
     }
     longest = statistics.median_low([len(of[0].steps) for of in turns])
-    trace_s = [statistics.median(slowest_parts["save()"])]
+    trace_s = [step_s, step_s + statistics.median(slowest_parts["save()"])]
     trace_s += [
         statistics.median(of[0].steps[i].total_s for of in turns if i < len(of[0].steps))
         for i in range(longest)
@@ -347,12 +346,13 @@ def main() -> int:
     told = parser.parse_args()
     sizes: tuple[float, ...] = SIZES_GIB
     if told.quick:
-        told.gib, told.saves, told.rounds, sizes = QUICK_GIB, 4, 1, (QUICK_GIB, 2 * QUICK_GIB)
+        told.gib, told.saves, told.rounds, sizes = QUICK_GIB, 4, 1, (QUICK_GIB, 4 * QUICK_GIB)
     peers = tuple(PEERS)[:1] if told.quick else tuple(PEERS)
     ours = max(1, told.saves // told.rounds)
     main_size = Scenario(told.gib, MODES, told.rounds, ours, max(1, ours // 2), peers)
     report = Report("stall")
     with scratch(told.directory) as place:
+
         def run(scenario: Scenario, name: str) -> list[Any]:
             return run_ranks(
                 told.ranks, measure, place / name, scenario,

@@ -11,7 +11,6 @@ import multiprocessing
 import os
 import shutil
 import warnings
-from concurrent.futures import Future
 from typing import TYPE_CHECKING, Any, Final, Protocol
 
 from torch import distributed
@@ -31,6 +30,7 @@ from shardckpt.torch import Checkpointer, load
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+    from concurrent.futures import Future
     from pathlib import Path
 
     from torch.distributed.checkpoint.staging import AsyncStager
@@ -190,7 +190,7 @@ class Dcp:
 
 
 def _cpu_s_of(pid: int | None) -> float:
-    with open(f"/proc/{pid}/stat") as stat:  # noqa: PTH123 - read at every cycle.
+    with open(f"/proc/{pid}/stat") as stat:
         fields = stat.read().rpartition(")")[2].split()
     return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
@@ -246,7 +246,7 @@ def open_peers(
                 peer.save(step)
                 peer.before_update()
                 peer.wait()
-        except Exception as error:  # noqa: BLE001 - whatever it is, it is told.
+        except Exception as error:
             unable[name] = f"{type(error).__name__}: {error}".splitlines()[0]
         else:
             able[name] = peer
