@@ -55,7 +55,7 @@ def result_of(output: str, path: Path) -> dict[str, Any]:
 
 
 @pytest.mark.multiproc
-@pytest.mark.timeout(120)
+@pytest.mark.timeout(300)
 def test_results_have_every_figure_and_the_report_shows_them(tmp_path: Path) -> None:
     results = tmp_path / "results"
     shared = ("--directory", str(tmp_path), "--json")
