@@ -180,7 +180,8 @@ class Trainee:
 
     def _fill_gradients(self) -> None:
         for parameter in self.model.parameters():
-            parameter.grad = torch.randn_like(parameter)
+            if parameter.grad is None:
+                parameter.grad = torch.randn_like(parameter)
 
     def _copy_seconds(self) -> float:
         """Return the seconds that this rank's copy takes while all ranks copy."""
