@@ -30,9 +30,10 @@ test-all: setup
 	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python -m pytest -n 2 --dist loadfile -q
 
 bench: setup
-	for script in limits memory save_load many_small reshard; do \
+	for script in limits stall durable save_load many_small memory reshard; do \
 	  $(BIN)/python benchmarks/$$script.py --json benchmarks/results/$$script.json || exit 1; \
 	done
+	$(BIN)/python benchmarks/report.py
 
 lint: setup
 	$(BIN)/ruff format --check .

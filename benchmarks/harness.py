@@ -7,7 +7,9 @@ machine and on what else runs there. With `--check` it exits 1 when a figure fal
 from __future__ import annotations
 
 import argparse
+import ctypes
 import json
+import mmap
 import os
 import platform
 import re
@@ -20,6 +22,7 @@ from time import perf_counter
 from typing import TYPE_CHECKING, Any, Final
 
 import torch
+from torch.distributed.tensor import DTensor
 
 import shardckpt
 from shardckpt import native
@@ -75,13 +78,19 @@ def _first_match(path: str, pattern: str) -> str:
 
 
 class Report:
-    """The figures of one benchmark; a figure is judged when it is added."""
+    """The figures of one benchmark; a figure is judged when it is added.
+
+    Attributes:
+        facts: Machine, versions, and what was found out on the way.
+        series: What is plotted.
+    """
 
     def __init__(self, benchmark: str) -> None:
         """Start without figures."""
         self._benchmark = benchmark
         self._figures: dict[str, dict[str, Any]] = {}
         self.facts: dict[str, Any] = facts()
+        self.series: dict[str, Any] = {}
 
     def add(
         self,
@@ -114,6 +123,8 @@ class Report:
             ],
         )
         result = {"benchmark": self._benchmark, "facts": self.facts, "figures": self._figures}
+        if self.series:
+            result["series"] = self.series
         if told.json is not None:
             told.json.parent.mkdir(parents=True, exist_ok=True)
             told.json.write_text(json.dumps(result, indent=1) + "\n")
@@ -133,6 +144,17 @@ def table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
     widths = [max(len(row[i]) for row in cells) for i in range(len(header))]
     for row in cells:
         say("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+
+
+class Memory:
+    """Anonymous, page-aligned memory that has been touched."""
+
+    def __init__(self, nbytes: int) -> None:
+        """Map and touch it: the first touch is no part of any limit."""
+        self.map = mmap.mmap(-1, nbytes)
+        self.address = ctypes.addressof(ctypes.c_char.from_buffer(self.map))
+        self.nbytes = nbytes
+        ctypes.memset(self.address, 0x5A, nbytes)
 
 
 def spread(seconds: Sequence[float]) -> str:
@@ -164,9 +186,10 @@ def drop_from_cache(directory: Path) -> None:
 
 
 def resident_bytes() -> int:
-    """Return the anonymous memory of this process that is in RAM: page cache does not count."""
-    kib = _first_match("/proc/self/status", r"RssAnon:\s*(\d+) kB")
-    return int(kib) * 1024
+    """Return this process's memory in RAM, shared memory included: page cache does not count."""
+    kinds = ("RssAnon", "RssShmem")
+    kib = [_first_match("/proc/self/status", rf"{kind}:\s*(\d+) kB") for kind in kinds]
+    return 1024 * sum(int(value) for value in kib)
 
 
 @contextmanager
@@ -174,6 +197,16 @@ def scratch(parent: Path) -> Iterator[Path]:
     """Give a directory that is removed afterwards."""
     with tempfile.TemporaryDirectory(prefix="shardckpt-bench-", dir=parent.resolve()) as name:
         yield Path(name)
+
+
+def locals_of(state: Any) -> list[torch.Tensor]:
+    """Return what this rank holds of every tensor in nested dicts, flat."""
+    if isinstance(state, dict):
+        return [tensor for inner in state.values() for tensor in locals_of(inner)]
+    if not isinstance(state, torch.Tensor):
+        return []
+    local = state.to_local() if isinstance(state, DTensor) else state
+    return [local.detach().view(-1)]
 
 
 def join_gloo(told: RankContext) -> None:

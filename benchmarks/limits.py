@@ -5,15 +5,13 @@
 
 from __future__ import annotations
 
-import ctypes
-import mmap
 import os
 import statistics
 import sys
 from array import array
 from typing import TYPE_CHECKING, Final
 
-from harness import GIB, Report, arguments, drop_from_cache, scratch, timed
+from harness import GIB, Memory, Report, arguments, drop_from_cache, scratch, timed
 
 from shardckpt import native
 from shardckpt.format.shard_file import CHUNK_BYTES
@@ -23,17 +21,6 @@ if TYPE_CHECKING:
 
 EXTENT_BYTES: Final = 8 << 20
 ROUNDS: Final = 3
-
-
-class Memory:
-    """Anonymous, page-aligned memory that has been touched."""
-
-    def __init__(self, nbytes: int) -> None:
-        """Map and touch it: the first touch is no part of any limit."""
-        self.map = mmap.mmap(-1, nbytes)
-        self.address = ctypes.addressof(ctypes.c_char.from_buffer(self.map))
-        self.nbytes = nbytes
-        ctypes.memset(self.address, 0x5A, nbytes)
 
 
 def copy(target: Memory, source: Memory, num_threads: int) -> None:

@@ -26,6 +26,7 @@ from harness import (
     arguments,
     drop_from_cache,
     join_gloo,
+    locals_of,
     say,
     scratch,
     spread,
@@ -36,7 +37,6 @@ from torch.distributed import checkpoint as dcp
 from torch.distributed.checkpoint.state_dict import get_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor
 
 from shardckpt.options import Retention
 from shardckpt.testing.ranks import RankContext, run_ranks
@@ -71,13 +71,13 @@ class Trainee:
         self.state = {"model": self.model, "optimizer": self.optimizer}
         model, optimizer = get_state_dict(self.model, self.optimizer)
         self.state_dict = {"model": model, "optimizer": optimizer}
-        self._locals = [_local(value) for value in _tensors(self.state_dict)]
-        self._copies = [value.clone() for value in self._locals]
-        self.rank_bytes = sum(value.nbytes for value in self._locals)
+        self.locals = locals_of(self.state_dict)
+        self._copies = [value.clone() for value in self.locals]
+        self.rank_bytes = sum(value.nbytes for value in self.locals)
 
     def forget(self) -> None:
         """Overwrite every value, which also touches all memory."""
-        for value in self._locals:
+        for value in self.locals:
             value.fill_(-1)
 
     def check(self, what: str) -> None:
@@ -86,22 +86,9 @@ class Trainee:
         Raises:
             AssertionError: A bit differs.
         """
-        for i, (value, copy) in enumerate(zip(self._locals, self._copies, strict=True)):
+        for i, (value, copy) in enumerate(zip(self.locals, self._copies, strict=True)):
             if not torch.equal(value.view(torch.uint8), copy.view(torch.uint8)):
                 raise AssertionError(f"{what}: local tensor {i} differs from what was saved")
-
-
-def _tensors(value: Any) -> list[torch.Tensor]:
-    if isinstance(value, torch.Tensor):
-        return [value]
-    if isinstance(value, dict):
-        return [tensor for inner in value.values() for tensor in _tensors(inner)]
-    return []
-
-
-def _local(tensor: torch.Tensor) -> torch.Tensor:
-    local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
-    return local.detach().view(-1)
 
 
 def measure(told: RankContext, place: Path, nbytes: int, rounds: int) -> dict[str, Any]:
@@ -132,7 +119,7 @@ def measure(told: RankContext, place: Path, nbytes: int, rounds: int) -> dict[st
                 shutil.rmtree(theirs, ignore_errors=True)
                 os.sync()
             seconds[f"{name} save"].append(together(save))
-            _settle(ours, told)
+            settle(ours, told)
             for kind in ("cold", "warm"):
                 trainee.forget()
                 if kind == "cold" and told.rank == 0:
@@ -160,7 +147,7 @@ def _save(
     handle.wait()
 
 
-def _settle(store: Path, told: RankContext) -> None:
+def settle(store: Path, told: RankContext) -> None:
     """Wait until the step before is removed, so that its removal disturbs no timed part."""
     deadline = time.monotonic() + SWEEP_TIMEOUT_S
     while len(list(store.glob("step-*"))) > KEPT_STEPS:

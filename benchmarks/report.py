@@ -1,0 +1,226 @@
+"""Write all results as one page: benchmarks/results/README.md and its pictures.
+
+`python benchmarks/report.py [--results benchmarks/results]`
+
+Reads the JSON files that the benchmarks wrote; measures nothing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+import matplotlib as mpl
+from matplotlib.figure import Figure
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from matplotlib.axes import Axes
+
+ORDER: Final = ("limits", "stall", "durable", "save_load", "many_small", "memory", "reshard")
+SHARED_FACTS: Final = (
+    "cpu", "cores", "memory_gib", "kernel", "python", "torch", "shardckpt", "native",
+)  # fmt: skip
+MODES: Final = ("device", "compute")
+OURS: Final = "shardckpt"
+COLORS: Final = ("#b0413e", "#e3b23c", "#4c72b0", "#7f7f7f")
+# The same bytes from the same data, so that a new picture is a new result.
+mpl.rcParams.update({"svg.hashsalt": "shardckpt", "svg.fonttype": "none", "font.size": 9})
+
+
+def main() -> int:
+    """Read, draw, write."""
+    parser = argparse.ArgumentParser(description="Write the page of all results.")
+    here = Path(__file__).parent / "results"
+    parser.add_argument("--results", type=Path, default=here, help="where the JSON files are")
+    place: Path = parser.parse_args().results
+    results = {
+        name: json.loads((place / f"{name}.json").read_text())
+        for name in ORDER if (place / f"{name}.json").exists()
+    }  # fmt: skip
+    lines = [
+        "# Benchmark results", "",
+        "Written by `make bench`; each figure is a ratio or a time of one run, in which what is "
+        "compared took turns.",
+        "", *_failures(results), "", *_machines(results),
+    ]  # fmt: skip
+    limits = results.get("limits", {"figures": {}})["figures"]
+    for name, result in results.items():
+        lines += ["", f"## {name}", "", *_figures(result, limits if name != "limits" else {})]
+        lines += _missing(result["facts"])
+        for picture in _pictures(name, result.get("series", {}), place):
+            lines += ["", f"![{picture}]({picture})"]
+    (place / "README.md").write_text("\n".join(lines) + "\n")
+    return 0
+
+
+def _failures(results: dict[str, Any]) -> list[str]:
+    missed = [
+        f"{name}: {figure} is {f['value']:g}, must be {f['must']}"
+        for name, result in results.items() for figure, f in result["figures"].items()
+        if not f["ok"]
+    ]  # fmt: skip
+    judged = sum(bool(f["must"]) for r in results.values() for f in r["figures"].values())
+    head = f"{judged - len(missed)} of {judged} bounds are met."
+    return [head, *(["", "Missed:", ""] + [f"- {line}" for line in missed] if missed else [])]
+
+
+def _machines(results: dict[str, Any]) -> list[str]:
+    """Return a table with a row for every machine or set of versions that differs."""
+    machines: dict[tuple[str, ...], list[str]] = {}
+    for name, result in results.items():
+        key = tuple(str(result["facts"].get(fact, "?")) for fact in SHARED_FACTS)
+        machines.setdefault(key, []).append(name)
+    rows = [(", ".join(names), *key) for key, names in machines.items()]
+    return _table(("benchmarks", *SHARED_FACTS), rows)
+
+
+def _figures(result: dict[str, Any], limits: dict[str, Any]) -> list[str]:
+    facts = {k: v for k, v in result["facts"].items() if isinstance(v, int | float | str)}
+    told = ", ".join(
+        f"{k} {v}" for k, v in facts.items() if k not in SHARED_FACTS and k != "command"
+    )
+    rows = [
+        (figure, f"{f['value']:g}", f["must"] or "", _met(f))
+        for figure, f in result["figures"].items()
+    ]
+    lines = [f"`{result['facts']['command']}`" + (f": {told}" if told else ""), ""]
+    lines += _table(("figure", "value", "must", "met"), rows)
+    if limits:
+        shown = ", ".join(
+            f"{name.removesuffix('_gb_per_s').replace('_', ' ')} {f['value']:g}"
+            for name, f in limits.items()
+        )
+        lines += ["", f"Limits of the machine, GB/s: {shown}."]
+    return lines
+
+
+def _met(figure: dict[str, Any]) -> str:
+    if not figure["must"]:
+        return ""
+    return "yes" if figure["ok"] else "**no**"
+
+
+def _missing(facts: dict[str, Any]) -> list[str]:
+    missing = facts.get("cannot run here", {})
+    return (
+        ["", "Cannot run here:", ""] + [f"- {k}: {v}" for k, v in missing.items()]
+        if missing
+        else []
+    )
+
+
+def _table(header: Iterable[str], rows: Iterable[Iterable[str]]) -> list[str]:
+    header = list(header)
+    lines = [header, ["---"] * len(header), *rows]
+    return ["| " + " | ".join(cells) + " |" for cells in lines]
+
+
+def _pictures(name: str, series: dict[str, Any], place: Path) -> list[str]:
+    """Draw what a benchmark has to show and return the files' names."""
+    if not series:
+        return []
+    if name == "stall":
+        return [_stalls(series, place), _traces(series, place), _sizes(series, place)]
+    if name == "durable":
+        return [_speeds(series, place)]
+    if name == "memory":
+        return [_memory(series, place)]
+    return []
+
+
+def _systems(series: dict[str, Any], mode: str) -> dict[str, Any]:
+    return {
+        key.removeprefix(f"{mode} "): value
+        for key, value in series.items() if key.startswith(f"{mode} ")
+    }  # fmt: skip
+
+
+def _stalls(series: dict[str, Any], place: Path) -> str:
+    """Draw the parts of the stall and the inflation of every system."""
+    figure, axes = _axes(2, 2, 7.5)
+    for row, mode in zip(axes, MODES, strict=True):
+        systems = _systems(series, mode)
+        names = list(systems)[::-1]
+        left = [0.0] * len(names)
+        for part, color in zip(systems[OURS]["parts_ms"], COLORS, strict=True):
+            values = [max(0.0, systems[name]["parts_ms"][part]) for name in names]
+            row[0].barh(names, values, left=left, label=part, color=color)
+            left = [a + b for a, b in zip(left, values, strict=True)]
+        row[0].set(title=f"{mode}-bound: stall of a save (medians of its parts)", xlabel="ms")
+        row[0].legend()
+        values = [1e3 * statistics.median(systems[name]["inflation_s"]) for name in names]
+        row[1].barh(names, values, color=COLORS[2])
+        row[1].set(title=f"{mode}-bound: inflation by a save (median)", xlabel="ms", yticks=[])
+    return _write(figure, place, "stall.svg")
+
+
+def _traces(series: dict[str, Any], place: Path) -> str:
+    """Draw how long the steps around a save take."""
+    figure, axes = _axes(1, 2, 4.0)
+    for axis, mode in zip(axes[0], MODES, strict=True):
+        for name, shown in _systems(series, mode).items():
+            ours = name == OURS
+            axis.plot(
+                range(-1, len(shown["trace_s"]) - 1), shown["trace_s"], marker="o", label=name,
+                zorder=3 if ours else 2, color=COLORS[0] if ours else None,
+                linewidth=2.5 if ours else 1.0,
+            )  # fmt: skip
+        axis.set(
+            title=f"{mode}-bound: steps until the save is drained (medians)",
+            xlabel="step; step 0 ends in save()", ylabel="s", ylim=(0, None),
+        )  # fmt: skip
+        axis.xaxis.get_major_locator().set_params(integer=True)
+    axes[0][0].legend(fontsize=7)
+    return _write(figure, place, "steps.svg")
+
+
+def _sizes(series: dict[str, Any], place: Path) -> str:
+    figure, axes = _axes(1, 1, 3.0)
+    points = {int(mib) / 1024: ms for mib, ms in series["stall ms by state MiB"].items()}
+    axes[0][0].plot(list(points), list(points.values()), marker="o", color=COLORS[0])
+    axes[0][0].set(
+        title="Stall of shardckpt by size (median)", xlabel="GiB of state", ylabel="ms",
+        ylim=(0, None),
+    )  # fmt: skip
+    return _write(figure, place, "sizes.svg")
+
+
+def _speeds(series: dict[str, Any], place: Path) -> str:
+    figure, axes = _axes(1, len(series), 3.5)
+    for axis, (title, speeds) in zip(axes[0], series.items(), strict=True):
+        names = sorted(speeds)[::-1]
+        own = [name.startswith(("load", "save")) for name in names]
+        medians = [statistics.median(speeds[name]) for name in names]
+        axis.barh(names, medians, color=[COLORS[0] if o else COLORS[3] for o in own])
+        for i, name in enumerate(names):
+            axis.plot(speeds[name], [i] * len(speeds[name]), "k|", markersize=8)
+        axis.set(title=title, xlabel="GB/s; medians and every round")
+    return _write(figure, place, "durable.svg")
+
+
+def _memory(series: dict[str, Any], place: Path) -> str:
+    figure, axes = _axes(1, 1, 3.0)
+    values = series["MiB beyond the state"]
+    axes[0][0].plot(range(1, len(values) + 1), values, color=COLORS[0])
+    axes[0][0].set(title="Memory beyond the state", xlabel="saves", ylabel="MiB", ylim=(0, None))
+    return _write(figure, place, "memory.svg")
+
+
+def _axes(rows: int, columns: int, height: float) -> tuple[Figure, list[list[Axes]]]:
+    figure = Figure(figsize=(7.0 * max(1, columns), height), layout="constrained")
+    return figure, [list(row) for row in figure.subplots(rows, columns, squeeze=False)]
+
+
+def _write(figure: Figure, place: Path, name: str) -> str:
+    figure.savefig(place / name, metadata={"Date": None})
+    return name
+
+
+if __name__ == "__main__":
+    sys.exit(main())

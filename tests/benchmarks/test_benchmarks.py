@@ -1,0 +1,84 @@
+"""The benchmarks run, and their results have the shape that the report reads."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("torch")
+
+BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
+STALL_FIGURES = {
+    f"{mode}_bound_{figure}"
+    for mode in ("device", "compute")
+    for figure in (
+        "stall_median_ms", "stall_p99_ms", "stall_per_stall_of_best_dcp", "inflation_per_save_s",
+        "inflation_per_inflation_of_best_dcp", "time_before_update_per_copy_time",
+    )
+} | {
+    "device_bound_step_time_during_flush_per_undisturbed",
+    "device_bound_cpu_s_per_rank_and_save",
+    "stall_median_largest_less_smallest_over_sizes_ms",
+}  # fmt: skip
+DURABLE_FIGURES = {
+    "save_gb_per_s_1_ranks", "load_cold_gb_per_s_1_ranks", "load_warm_gb_per_s_1_ranks",
+    "load_warm_per_plain_read_1_ranks",
+}  # fmt: skip
+
+
+def run(script: str, *arguments: str) -> str:
+    """Return the output of a benchmark script."""
+    done = subprocess.run(
+        [sys.executable, str(BENCHMARKS / f"{script}.py"), *arguments],
+        capture_output=True, text=True, check=False, env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def result_of(output: str, path: Path) -> dict[str, Any]:
+    """Return the result, after looking at what all results have in common."""
+    result: dict[str, Any] = json.loads(path.read_text())
+    assert json.loads(output.splitlines()[-1]) == result
+    assert {"cpu", "cores", "memory_gib", "torch", "shardckpt", "command"} <= set(result["facts"])
+    for figure in result["figures"].values():
+        assert set(figure) == {"value", "must", "ok"}
+        assert isinstance(figure["value"], float)
+        assert figure["must"] is None or figure["must"].startswith((">= ", "<= "))
+    return result
+
+
+@pytest.mark.multiproc
+@pytest.mark.timeout(300)
+def test_results_have_every_figure_and_the_report_shows_them(tmp_path: Path) -> None:
+    results = tmp_path / "results"
+    shared = ("--directory", str(tmp_path), "--json")
+    path = results / "stall.json"
+    stall = result_of(run("stall", "--quick", *shared, str(path)), path)
+    assert set(stall["figures"]) == STALL_FIGURES
+    assert set(stall["series"]["device shardckpt"]["parts_ms"]) == {
+        "back-pressure", "save()", "fence", "dispatch",
+    }  # fmt: skip
+    assert len(stall["series"]["compute shardckpt"]["stall_ms"]) >= 2
+
+    path = results / "durable.json"
+    small = ("--gib", "0.1", "--rounds", "1", "--ranks", "1")
+    durable = result_of(run("durable", *small, *shared, str(path)), path)
+    assert set(durable["figures"]) >= DURABLE_FIGURES
+    has_fio = isinstance(durable["facts"]["fio"], list)
+    assert has_fio == ("save_per_fio_write_1_ranks" in durable["figures"])
+
+    run("report", "--results", str(results))
+    page = (results / "README.md").read_text()
+    for result in (stall, durable):
+        for name, figure in result["figures"].items():
+            assert f"| {name} | {figure['value']:g} |" in page
+    for picture in ("stall.svg", "steps.svg", "sizes.svg", "durable.svg"):
+        assert f"]({picture})" in page
+        assert (results / picture).stat().st_size > 0
