@@ -168,7 +168,9 @@ bool Engine::WaitStaged(int64_t id, int64_t group, int64_t timeout_ms) {
   Lock lock(mutex_);
   const std::shared_ptr<Ticket> ticket = Find(id);
   if (ticket == nullptr) return true;
-  while (timeout_ms > 0 && !IsStaged(*ticket, group)) {
+  while (!IsStaged(*ticket, group)) {
+    // Looked at before each copy, so that a timeout of 0 only asks.
+    if (Clock::now() >= deadline) return false;
     Work work;
     if (TakeCopy(ticket.get(), group, &work)) {
       if (scratch == nullptr) scratch = std::make_unique<Scratch>();
@@ -238,7 +240,7 @@ void Engine::Copy(Lock* lock, const Work& work, Scratch* scratch) {
   if (ticket.failure.kind == FailureKind::kNone) {
     extent.state = ExtentState::kStaged;
     ticket.files[static_cast<size_t>(extent.file)].staged.push_back(work.extent);
-    write_ready_.notify_one();
+    write_ready_.notify_all();  // One might wake a thread that only waits for the rate.
   } else {
     FreeSlot(&extent);
   }
@@ -288,7 +290,9 @@ bool Engine::WaitFlushed(int64_t id, int64_t file, int64_t timeout_ms) {
   if (!CheckProcess().ok()) return true;
   Lock lock(mutex_);
   const std::shared_ptr<Ticket> ticket = Find(id);
-  if (ticket == nullptr) return true;
+  if (ticket == nullptr || file < 0 || file >= static_cast<int64_t>(ticket->files.size())) {
+    return true;
+  }
   return changed_.wait_until(lock, Deadline(timeout_ms), [&] { return IsFlushed(*ticket, file); });
 }
 
@@ -312,14 +316,16 @@ void Engine::Write(Lock* lock, const Work& work) {
   Ticket& ticket = *work.ticket;
   Extent& extent = ticket.table.extents[work.extent];
   File& file = ticket.files[static_cast<size_t>(extent.file)];
-  WaitForRate(lock, extent.size_bytes);
-  const uint8_t* data = arena_.slot(extent.slot);
-  lock->unlock();
-  const Status status = WriteExtent(*file.ops, &file.target, data,
-                                    static_cast<size_t>(extent.size_bytes), extent.offset_bytes);
-  lock->lock();
-  if (!status.ok()) Fail(&ticket, WriteFailure(extent.file, status));
-  written_bytes_ += extent.size_bytes;
+  WaitForRate(lock, ticket, extent.size_bytes);
+  if (ticket.failure.kind == FailureKind::kNone) {
+    const uint8_t* data = arena_.slot(extent.slot);
+    lock->unlock();
+    const Status status = WriteExtent(*file.ops, &file.target, data,
+                                      static_cast<size_t>(extent.size_bytes), extent.offset_bytes);
+    lock->lock();
+    if (!status.ok()) Fail(&ticket, WriteFailure(extent.file, status));
+    written_bytes_ += extent.size_bytes;
+  }
   --file.num_writing;
   --ticket.num_writing;
   --file.num_left;
@@ -327,18 +333,21 @@ void Engine::Write(Lock* lock, const Work& work) {
   changed_.notify_all();
 }
 
-void Engine::WaitForRate(Lock* lock, int64_t size_bytes) {
-  // Looked at again in slices, so that another rate takes effect at once.
-  while (bytes_per_s_ > 0 && !is_closing_) {
+void Engine::WaitForRate(Lock* lock, const Ticket& ticket, int64_t size_bytes) {
+  // Looked at again in slices, so that another rate and a failure take effect at once. What is owed
+  // is the time of the write before, whatever the size of the one that waits.
+  while (bytes_per_s_ > 0 && !is_closing_ && ticket.failure.kind == FailureKind::kNone) {
+    const auto next =
+        last_write_ +
+        std::chrono::duration_cast<Clock::duration>(std::chrono::duration<double>(
+            static_cast<double>(last_write_bytes_) / static_cast<double>(bytes_per_s_)));
     const auto now = Clock::now();
-    const auto cost = std::chrono::duration_cast<Clock::duration>(std::chrono::duration<double>(
-        static_cast<double>(size_bytes) / static_cast<double>(bytes_per_s_)));
-    if (next_write_ <= now) {
-      next_write_ = now + cost;
+    if (next <= now) {
+      last_write_ = now;
+      last_write_bytes_ = size_bytes;
       return;
     }
-    next_write_ = std::min(next_write_, now + cost);
-    write_ready_.wait_until(*lock, std::min(next_write_, now + kRateSlice));
+    write_ready_.wait_until(*lock, std::min(next, now + kRateSlice));
   }
 }
 
@@ -401,6 +410,7 @@ Status Engine::Take(int64_t id, int64_t file, int64_t timeout_ms, Taken* out) {
 }
 
 Status Engine::Give(int64_t id, int64_t index) {
+  if (Status status = CheckProcess(); !status.ok()) return status;
   Lock lock(mutex_);
   const std::shared_ptr<Ticket> ticket = Find(id);
   if (ticket == nullptr || index < 0 ||
@@ -420,6 +430,7 @@ Status Engine::Give(int64_t id, int64_t index) {
 }
 
 Status Engine::ChunkCrcsOf(int64_t id, int64_t file, uint32_t seed, std::vector<uint8_t>* out) {
+  if (Status status = CheckProcess(); !status.ok()) return status;
   Lock lock(mutex_);
   const std::shared_ptr<Ticket> ticket = Find(id);
   if (ticket == nullptr || file < 0 || file >= static_cast<int64_t>(ticket->files.size()) ||
@@ -428,29 +439,37 @@ Status Engine::ChunkCrcsOf(int64_t id, int64_t file, uint32_t seed, std::vector<
     return Status::Invalid("chunk_crcs_of: file " + std::to_string(file) + " of ticket " +
                            std::to_string(id) + " is not written yet.");
   }
-  // A file's chunks are whole once all its extents are copied; no thread touches them any more.
-  std::vector<uint32_t> crcs = ticket->crcs;
+  // The file's chunks are whole once all its extents are copied; no thread touches them any more,
+  // unlike those of other files.
+  const SaveTable& table = ticket->table;
+  const auto first = std::partition_point(table.payloads.begin(), table.payloads.end(),
+                                          [&](const Payload& p) { return p.file < file; });
+  const auto last = std::partition_point(first, table.payloads.end(),
+                                         [&](const Payload& p) { return p.file == file; });
+  if (first == last) return Status::Ok();
+  const int64_t first_chunk = first->first_chunk;
+  const int64_t last_chunk = last == table.payloads.end() ? table.num_chunks : last->first_chunk;
+  std::vector<uint32_t> crcs(ticket->crcs.begin() + first_chunk, ticket->crcs.begin() + last_chunk);
   for (const ChunkTail& tail : ticket->tails) {
-    uint32_t& crc = crcs[static_cast<size_t>(tail.chunk)];
+    if (tail.chunk < first_chunk || tail.chunk >= last_chunk) continue;
+    uint32_t& crc = crcs[static_cast<size_t>(tail.chunk - first_chunk)];
     crc = Crc32cCombine(crc, tail.crc, static_cast<uint64_t>(tail.size_bytes));
   }
   lock.unlock();
-  const SaveTable& table = ticket->table;
-  for (size_t index = 0; index < table.payloads.size(); ++index) {
-    const Payload& payload = table.payloads[index];
-    if (payload.file != file) continue;
-    for (int64_t at = 0; at < payload.size_bytes; at += kChunkBytes) {
-      const auto chunk = static_cast<size_t>(payload.first_chunk + at / kChunkBytes);
-      if (!ticket->expected_crcs.empty() && payload.is_lazy() &&
-          ticket->expected_crcs[chunk] != crcs[chunk]) {
+  for (auto payload = first; payload != last; ++payload) {
+    for (int64_t at = 0; at < payload->size_bytes; at += kChunkBytes) {
+      const int64_t chunk = payload->first_chunk + at / kChunkBytes;
+      const uint32_t crc = crcs[static_cast<size_t>(chunk - first_chunk)];
+      if (!ticket->expected_crcs.empty() && payload->is_lazy() &&
+          ticket->expected_crcs[static_cast<size_t>(chunk)] != crc) {
         lock.lock();
-        Fail(ticket.get(), {FailureKind::kTorn, static_cast<int64_t>(index), -1, 0, ""});
+        Fail(ticket.get(), {FailureKind::kTorn, payload - table.payloads.begin(), -1, 0, ""});
         return Status::Invalid("a copy differs from its array as it was when the save began.");
       }
       std::array<uint8_t, 8> place;
-      StoreLittleEndian(static_cast<uint64_t>(payload.offset_bytes + at), 8, place.data());
+      StoreLittleEndian(static_cast<uint64_t>(payload->offset_bytes + at), 8, place.data());
       std::array<uint8_t, 4> stored;
-      StoreLittleEndian(crcs[chunk] ^ Crc32c(seed, place.data(), place.size()), 4, stored.data());
+      StoreLittleEndian(crc ^ Crc32c(seed, place.data(), place.size()), 4, stored.data());
       out->insert(out->end(), stored.begin(), stored.end());
     }
   }
@@ -458,12 +477,16 @@ Status Engine::ChunkCrcsOf(int64_t id, int64_t file, uint32_t seed, std::vector<
 }
 
 Failure Engine::FailureOf(int64_t id) {
+  if (Status status = CheckProcess(); !status.ok()) {
+    return {FailureKind::kCancelled, -1, -1, 0, status.message()};
+  }
   Lock lock(mutex_);
   const std::shared_ptr<Ticket> ticket = Find(id);
   return ticket == nullptr ? Failure() : ticket->failure;
 }
 
 void Engine::Cancel(int64_t id, const std::string& why) {
+  if (!CheckProcess().ok()) return;
   Lock lock(mutex_);
   const std::shared_ptr<Ticket> ticket = Find(id);
   if (ticket != nullptr) Fail(ticket.get(), {FailureKind::kCancelled, -1, -1, 0, why});
@@ -510,18 +533,21 @@ std::shared_ptr<Engine::Ticket> Engine::Find(int64_t id) {
 }
 
 void Engine::SetRate(int64_t bytes_per_s) {
+  if (!CheckProcess().ok()) return;
   Lock lock(mutex_);
   bytes_per_s_ = bytes_per_s;
   write_ready_.notify_all();
 }
 
 void Engine::SetPaused(bool is_paused) {
+  if (!CheckProcess().ok()) return;
   Lock lock(mutex_);
   is_paused_ = is_paused;
   copy_ready_.notify_all();
 }
 
 EngineStats Engine::Stats() {
+  if (!CheckProcess().ok()) return {};
   Lock lock(mutex_);
   return {arena_.num_slots(), static_cast<int64_t>(free_slots_.size()), written_bytes_};
 }

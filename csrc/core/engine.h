@@ -61,7 +61,8 @@ struct EngineStats {
   int64_t written_bytes;  // By the flush threads, since the engine began.
 };
 
-// Thread-safe. Of the process that made it: a forked child gets kInvalid from every call.
+// Thread-safe. Of the process that made it: in a forked child no call takes a lock, waits return at
+// once, and whatever can say so says kInvalid.
 class Engine {
  public:
   static Status Create(const EngineOptions& options, std::unique_ptr<Engine>* out);
@@ -84,7 +85,7 @@ class Engine {
                bool check_all, int64_t* ticket);
 
   // Waits until nothing reads arrays of `group` any more, copying itself. False after timeout_ms;
-  // with 0 it only looks.
+  // 0 only asks, and copies nothing.
   bool WaitStaged(int64_t ticket, int64_t group, int64_t timeout_ms);
 
   // Lets the flush threads write a file's extents. The descriptors and `ops` stay the caller's and
@@ -168,7 +169,7 @@ class Engine {
   void Copy(Lock* lock, const Work& work, Scratch* scratch);
   bool TakeWrite(Work* out);
   void Write(Lock* lock, const Work& work);
-  void WaitForRate(Lock* lock, int64_t size_bytes);
+  void WaitForRate(Lock* lock, const Ticket& ticket, int64_t size_bytes);
   void Fail(Ticket* ticket, Failure failure);
   void FreeSlot(Extent* extent);
   bool IsStaged(const Ticket& ticket, int64_t group) const;
@@ -187,7 +188,8 @@ class Engine {
   bool is_paused_ = false;
   bool is_closing_ = false;
   int64_t bytes_per_s_ = 0;
-  Clock::time_point next_write_{};
+  Clock::time_point last_write_{};  // When it began.
+  int64_t last_write_bytes_ = 0;
   int64_t written_bytes_ = 0;
   std::vector<pthread_t> threads_;
 };

@@ -53,7 +53,8 @@ ssize_t FakePread(int, void* data, size_t size_bytes, off_t offset_bytes) {
   return count;
 }
 
-constexpr FileOps kFakeOps{FakePwrite, FakePread, [](int, int) { ++fake.num_waits; }};
+constexpr FileOps kFakeOps{FakePwrite, FakePread, [](int, int) { ++fake.num_waits; }, nullptr,
+                           nullptr};
 
 std::vector<uint8_t> Pattern(size_t size_bytes) {
   std::vector<uint8_t> bytes(size_bytes);
@@ -171,6 +172,111 @@ TEST(RangesThatAreNoneAreRefusedBeforeAnyCall) {
   EXPECT(ReadFull(kFakeOps, 3, nullptr, 1, 0, &num_read).code() == StatusCode::kInvalid, "");
   EXPECT(fake.num_calls == 0, std::to_string(fake.num_calls));
   EXPECT(WriteFull(kFakeOps, 3, nullptr, 0, 0).ok(), "nothing to write is fine");
+}
+
+constexpr int kPlainFd = 3;
+constexpr int kDirectFd = 4;
+
+// What each way of writing answers, 0 or an errno, and how often it was asked.
+struct Ways {
+  int direct = 0;
+  int uncached = 0;
+  int plain = 0;
+  int num_direct = 0;
+  int num_uncached = 0;
+  int num_plain = 0;
+  int num_writeouts = 0;
+};
+
+Ways ways;
+
+ssize_t Answer(int error, int* count, const void* data, size_t size_bytes, off_t offset_bytes) {
+  ++*count;
+  // Half arrives before the error shows.
+  if (error != 0 && *count % 2 == 1 && size_bytes > 4096) {
+    return FakePwrite(0, data, 4096, offset_bytes);
+  }
+  errno = error;
+  return error != 0 ? -1 : FakePwrite(0, data, size_bytes, offset_bytes);
+}
+
+constexpr FileOps kWays{
+    [](int fd, const void* data, size_t size_bytes, off_t offset_bytes) {
+      return fd == kDirectFd ? Answer(ways.direct, &ways.num_direct, data, size_bytes, offset_bytes)
+                             : Answer(ways.plain, &ways.num_plain, data, size_bytes, offset_bytes);
+    },
+    FakePread,
+    [](int, int) {},
+    [](int, const void* data, size_t size_bytes, off_t offset_bytes) {
+      return Answer(ways.uncached, &ways.num_uncached, data, size_bytes, offset_bytes);
+    },
+    [](int, off_t, off_t) {
+      ++ways.num_writeouts;
+      errno = EINVAL;
+      return -1;  // Only a hint.
+    },
+};
+
+TEST(AWayThatIsRefusedIsTriedOnceAndTheNextOneWritesAll) {
+  const std::vector<uint8_t> data = Pattern(3 * 4096);
+  for (const int uncached : {0, EOPNOTSUPP, EINVAL, ENOSYS}) {
+    fake = Fake{};
+    ways = Ways{.direct = EINVAL, .uncached = uncached};
+    WriteTarget target;
+    target.fd = kPlainFd;
+    target.direct_fd = kDirectFd;
+    for (int64_t extent = 0; extent < 3; ++extent) {
+      const int64_t offset = extent * static_cast<int64_t>(data.size());
+      const Status status = WriteExtent(kWays, &target, data.data(), data.size(), offset);
+      EXPECT(status.ok(), status.message());
+      EXPECT(std::equal(data.begin(), data.end(), fake.bytes.begin() + offset), "bytes differ");
+    }
+    // One call that was cut short, one that was refused.
+    EXPECT(ways.num_direct == 2, std::to_string(ways.num_direct));
+    EXPECT(ways.num_uncached == (uncached == 0 ? 3 : 2), std::to_string(ways.num_uncached));
+    EXPECT(ways.num_plain == (uncached == 0 ? 0 : 3), std::to_string(ways.num_plain));
+    EXPECT(ways.num_writeouts == ways.num_plain, std::to_string(ways.num_writeouts));
+  }
+}
+
+TEST(AWayMayBeRefusedLaterThanAtTheFirstWrite) {
+  const std::vector<uint8_t> data = Pattern(2 * 4096);
+  fake = Fake{};
+  ways = Ways{};
+  WriteTarget target;
+  target.fd = kPlainFd;
+  target.direct_fd = kDirectFd;
+  EXPECT(WriteExtent(kWays, &target, data.data(), data.size(), 0).ok() && ways.num_direct == 1, "");
+  EXPECT(ways.num_uncached == 0 && ways.num_plain == 0, "");
+  ways.direct = EINVAL;
+  EXPECT(WriteExtent(kWays, &target, data.data(), data.size(), 8192).ok(), "");
+  EXPECT(target.direct_fd == -1 && ways.num_uncached == 1, "");
+  ways.uncached = EOPNOTSUPP;
+  EXPECT(WriteExtent(kWays, &target, data.data(), data.size(), 16384).ok(), "");
+  EXPECT(!target.takes_uncached && ways.num_plain == 1, "");
+  for (int64_t extent = 0; extent < 3; ++extent) {
+    EXPECT(std::equal(data.begin(), data.end(), fake.bytes.begin() + 8192 * extent), "");
+  }
+}
+
+TEST(AnErrorOfTheDiskIsNoReasonToTryAnotherWay) {
+  const std::vector<uint8_t> data = Pattern(4096);
+  for (const int error : {ENOSPC, EIO, EDQUOT}) {
+    WriteTarget target;
+    target.fd = kPlainFd;
+    target.direct_fd = kDirectFd;
+    ways = Ways{.direct = error};
+    EXPECT(WriteExtent(kWays, &target, data.data(), data.size(), 0).system_errno() == error, "");
+    EXPECT(target.direct_fd == kDirectFd && ways.num_uncached == 0 && ways.num_plain == 0, "");
+    target.direct_fd = -1;
+    ways = Ways{.uncached = error};
+    EXPECT(WriteExtent(kWays, &target, data.data(), data.size(), 0).system_errno() == error, "");
+    EXPECT(ways.num_direct == 0 && ways.num_plain == 0, "");
+    target.takes_uncached = false;
+    ways = Ways{.plain = error};
+    EXPECT(WriteExtent(kWays, &target, data.data(), data.size(), 0).system_errno() == error, "");
+    EXPECT(ways.num_writeouts == 0, "");
+  }
 }
 
 }  // namespace
