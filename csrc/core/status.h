@@ -12,6 +12,10 @@ enum class StatusCode {
   kOk,
   kInvalid,  // The caller passed nonsense; nothing was touched.
   kIo,       // The operating system refused; system_errno() says why.
+  kUnavailable,  // What the call needs is not on this machine: no driver, too old, no device.
+  kDevice,       // The CUDA driver refused or the device failed; the message names its error.
+  kNoMemory,     // The driver has no room, or may not lock more memory.
+  kTimeout,      // Not yet; the call may be made again.
 };
 
 // Owns its message. Immutable, so that it may be read from any thread.
@@ -25,6 +29,9 @@ class [[nodiscard]] Status {
   }
   static Status Io(int system_errno, std::string message) {
     return Status(StatusCode::kIo, system_errno, std::move(message));
+  }
+  static Status Of(StatusCode code, std::string message) {
+    return Status(code, 0, std::move(message));
   }
 
   bool ok() const { return code_ == StatusCode::kOk; }
