@@ -8,6 +8,7 @@
 
 #include <cstdint>
 #include <memory>
+#include <optional>
 #include <span>
 #include <string>
 #include <tuple>
@@ -146,6 +147,8 @@ const char* NameOf(FailureKind kind) {
       return "gone";
     case FailureKind::kWrite:
       return "write";
+    case FailureKind::kDevice:
+      return "device";
     case FailureKind::kCancelled:
       return "cancelled";
     case FailureKind::kNone:
@@ -175,20 +178,28 @@ class PyEngine {
     RaiseUnlessOk(Unlocked([&](Engine& e) { return e.Reserve(size_bytes); }));
   }
 
-  int64_t Begin(nb::handle rows, nb::handle file_bytes, bool check_all) {
+  int64_t Begin(nb::handle rows, nb::handle file_bytes, bool check_all, nb::handle streams) {
     const Buffer numbers(rows);
     const Buffer files(file_bytes);
+    const std::optional<Buffer> pairs = BufferUnlessNone(streams);
     const std::span<const int64_t> numbers_span = numbers.rows();
     const std::span<const int64_t> files_span = files.rows();
+    const std::span<const DeviceStream> streams_span = StreamsOf(pairs);
     int64_t ticket = 0;
-    RaiseUnlessOk(
-        Unlocked([&](Engine& e) { return e.Begin(numbers_span, files_span, check_all, &ticket); }));
+    RaiseUnlessOk(Unlocked([&](Engine& e) {
+      return e.Begin(numbers_span, files_span, check_all, &ticket, streams_span);
+    }));
     return ticket;
   }
 
-  bool WaitStaged(int64_t ticket, int64_t group, int64_t timeout_ms) {
-    return Unlocked([&](Engine& e) { return e.WaitStaged(ticket, group, timeout_ms); });
+  bool WaitStaged(int64_t ticket, int64_t group, int64_t timeout_ms, nb::handle streams) {
+    const std::optional<Buffer> pairs = BufferUnlessNone(streams);
+    const std::span<const DeviceStream> streams_span = StreamsOf(pairs);
+    return Unlocked(
+        [&](Engine& e) { return e.WaitStaged(ticket, group, timeout_ms, streams_span); });
   }
+
+  std::string PinProblem() { return Checked().PinProblem(); }
 
   void Attach(int64_t ticket, int64_t file, int fd, int direct_fd, uintptr_t calls) {
     const FileOps* ops = calls == 0 ? &SystemFileOps() : reinterpret_cast<const FileOps*>(calls);
@@ -243,6 +254,19 @@ class PyEngine {
   }
 
  private:
+  static std::optional<Buffer> BufferUnlessNone(nb::handle object) {
+    if (object.is_none()) return std::nullopt;
+    return std::optional<Buffer>(std::in_place, object);
+  }
+
+  static std::span<const DeviceStream> StreamsOf(const std::optional<Buffer>& pairs) {
+    static_assert(sizeof(DeviceStream) == 2 * sizeof(int64_t));
+    if (!pairs.has_value()) return {};
+    const std::span<const int64_t> fields = pairs->rows();
+    if (fields.size() % 2 != 0) throw nb::value_error("streams are not pairs [device, stream].");
+    return {reinterpret_cast<const DeviceStream*>(fields.data()), fields.size() / 2};
+  }
+
   Engine& Checked() {
     if (engine_ == nullptr) throw nb::value_error("the staging engine is closed.");
     return *engine_;
@@ -348,8 +372,11 @@ NB_MODULE(_native, m) {
            "num_flush_threads"_a, "cpus"_a)
       .def("close", &PyEngine::Close, "timeout_ms"_a)
       .def("reserve", &PyEngine::Reserve, "nbytes"_a)
-      .def("begin", &PyEngine::Begin, "rows"_a, "file_bytes"_a, "check_all"_a)
-      .def("wait_staged", &PyEngine::WaitStaged, "ticket"_a, "group"_a, "timeout_ms"_a)
+      .def("begin", &PyEngine::Begin, "rows"_a, "file_bytes"_a, "check_all"_a,
+           "streams"_a = nb::none())
+      .def("wait_staged", &PyEngine::WaitStaged, "ticket"_a, "group"_a, "timeout_ms"_a,
+           "streams"_a = nb::none())
+      .def("pin_problem", &PyEngine::PinProblem)
       .def("attach", &PyEngine::Attach, "ticket"_a, "file"_a, "fd"_a, "direct_fd"_a, "calls"_a)
       .def("wait_flushed", &PyEngine::WaitFlushed, "ticket"_a, "file"_a, "timeout_ms"_a)
       .def("take", &PyEngine::Take, "ticket"_a, "file"_a, "timeout_ms"_a)

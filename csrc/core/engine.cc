@@ -88,6 +88,11 @@ bool Engine::Close(int64_t timeout_ms) {
     if (pthread_timedjoin_np(threads_.back(), nullptr, &until) != 0) return false;
     threads_.pop_back();
   }
+  for (auto& [device, stage] : stages_) {
+    if (!stage->Close(timeout_ms)) return false;
+  }
+  stages_.clear();
+  pinner_.reset();
   return true;
 }
 
@@ -107,17 +112,73 @@ Status Engine::Reserve(int64_t size_bytes) {
   for (int64_t slot = before; slot < arena_.num_slots(); ++slot) free_slots_.push_back(slot);
   copy_ready_.notify_all();
   changed_.notify_all();
+  lock.unlock();
+  PinArena();
   return status;
 }
 
+void Engine::PinArena() {
+  const std::lock_guard<std::mutex> opening(devices_mutex_);
+  if (pinner_ == nullptr) return;
+  std::vector<Arena::Region> regions;
+  {
+    const Lock lock(mutex_);
+    regions = arena_.regions();
+  }
+  for (; num_pinned_ < regions.size(); ++num_pinned_) {
+    const Arena::Region& region = regions[num_pinned_];
+    const Status status = pinner_->Pin(region.address, static_cast<int64_t>(region.size_bytes));
+    if (!status.ok()) pin_problem_ = status.message();  // Slower, and as good.
+  }
+}
+
+DeviceStage* Engine::StageOf(int64_t device) {
+  const Lock lock(mutex_);
+  const auto found = stages_.find(device);
+  return found == stages_.end() ? nullptr : found->second.get();
+}
+
+Status Engine::PrepareDevices(const SaveTable& table, std::span<const DeviceStream> streams) {
+  std::vector<int64_t> devices;
+  for (const Payload& payload : table.payloads) {
+    if (payload.device >= 0) devices.push_back(payload.device);
+  }
+  std::sort(devices.begin(), devices.end());
+  devices.erase(std::unique(devices.begin(), devices.end()), devices.end());
+  for (const int64_t device : devices) {
+    const auto stream = std::find_if(streams.begin(), streams.end(),
+                                     [&](const DeviceStream& s) { return s.device == device; });
+    if (stream == streams.end()) {
+      return Status::Invalid("no stream of CUDA device " + std::to_string(device) +
+                             " was given, but it holds arrays; this is an error of the caller.");
+    }
+    DeviceStage* stage = StageOf(device);
+    if (stage == nullptr) {
+      const std::lock_guard<std::mutex> opening(devices_mutex_);
+      std::shared_ptr<Device> opened;
+      if (Status s = Device::Open(static_cast<int>(device), &opened); !s.ok()) return s;
+      std::unique_ptr<DeviceStage> made;
+      if (Status s = DeviceStage::Open(opened, DeviceStageOptions(), &made); !s.ok()) return s;
+      if (pinner_ == nullptr) pinner_ = opened;
+      stage = made.get();
+      const Lock lock(mutex_);
+      stages_[device] = std::move(made);
+    }
+    if (Status s = stage->After(static_cast<uint64_t>(stream->stream)); !s.ok()) return s;
+  }
+  if (!devices.empty()) PinArena();
+  return Status::Ok();
+}
+
 Status Engine::Begin(std::span<const int64_t> numbers, std::span<const int64_t> file_bytes,
-                     bool check_all, int64_t* ticket) {
+                     bool check_all, int64_t* ticket, std::span<const DeviceStream> streams) {
   if (Status status = CheckProcess(); !status.ok()) return status;
   auto made = std::make_shared<Ticket>();
   if (Status status = ParseSaveTable(numbers, file_bytes, &made->table); !status.ok()) {
     return status;
   }
   SaveTable& table = made->table;
+  if (Status status = PrepareDevices(table, streams); !status.ok()) return status;
   made->crcs.resize(static_cast<size_t>(table.num_chunks));
   made->files.resize(file_bytes.size());
   made->groups_of.resize(table.extents.size());
@@ -131,7 +192,10 @@ Status Engine::Begin(std::span<const int64_t> numbers, std::span<const int64_t> 
     }
     std::sort(groups.begin(), groups.end());
     groups.erase(std::unique(groups.begin(), groups.end()), groups.end());
-    for (const int64_t group : groups) ++made->groups[group].num_extents;
+    for (const int64_t group : groups) {
+      ++made->groups[group].num_extents;
+      ++made->groups[group].num_blocking;
+    }
   }
   for (size_t i = 0; i < table.payloads.size(); ++i) {
     const Payload& payload = table.payloads[i];
@@ -139,7 +203,7 @@ Status Engine::Begin(std::span<const int64_t> numbers, std::span<const int64_t> 
       made->groups[payload.group].guards.push_back(static_cast<uint32_t>(i));
     }
   }
-  for (auto& [id, group] : made->groups) group.is_staged = group.num_extents == 0;
+  for (auto& [id, group] : made->groups) group.is_checked = group.num_blocking == 0;
   if (check_all) ChecksumSources(table, &made->expected_crcs);
   Lock lock(mutex_);
   if (arena_.num_slots() == 0 && !table.extents.empty()) {
@@ -151,24 +215,45 @@ Status Engine::Begin(std::span<const int64_t> numbers, std::span<const int64_t> 
   return Status::Ok();
 }
 
-bool Engine::IsStaged(const Ticket& ticket, int64_t group) const {
+bool Engine::IsStaged(const Ticket& ticket, int64_t group, bool may_be_queued) const {
   if (ticket.failure.kind != FailureKind::kNone) return ticket.num_copying == 0;
+  const auto is_staged = [&](const Group& wanted) {
+    return wanted.is_checked && (may_be_queued || wanted.num_extents == 0);
+  };
   if (group != kEveryGroup) {
     const auto found = ticket.groups.find(group);
-    return found == ticket.groups.end() || found->second.is_staged;
+    return found == ticket.groups.end() || is_staged(found->second);
   }
   return std::all_of(ticket.groups.begin(), ticket.groups.end(),
-                     [](const auto& entry) { return entry.second.is_staged; });
+                     [&](const auto& entry) { return is_staged(entry.second); });
 }
 
-bool Engine::WaitStaged(int64_t id, int64_t group, int64_t timeout_ms) {
+bool Engine::WaitStaged(int64_t id, int64_t group, int64_t timeout_ms,
+                        std::span<const DeviceStream> streams) {
   if (!CheckProcess().ok()) return true;
   const auto deadline = Deadline(timeout_ms);
   std::unique_ptr<Scratch> scratch;
   Lock lock(mutex_);
   const std::shared_ptr<Ticket> ticket = Find(id);
   if (ticket == nullptr) return true;
-  while (!IsStaged(*ticket, group)) {
+  bool holds_back = !streams.empty();
+  while (true) {
+    if (IsStaged(*ticket, group, holds_back)) {
+      // Where a device fails, its copies are waited for, as those of any failed save.
+      if (!holds_back || IsStaged(*ticket, group, false)) return true;
+      lock.unlock();
+      Status status;
+      for (const DeviceStream& stream : streams) {
+        DeviceStage* stage = StageOf(stream.device);
+        if (stage != nullptr && status.ok()) {
+          status = stage->Fence(static_cast<uint64_t>(stream.stream));
+        }
+      }
+      lock.lock();
+      if (status.ok()) return true;
+      Fail(ticket.get(), {FailureKind::kDevice, -1, -1, 0, status.message()});
+      holds_back = false;
+    }
     // Looked at before each copy, so that a timeout of 0 only asks.
     if (Clock::now() >= deadline) return false;
     Work work;
@@ -176,10 +261,9 @@ bool Engine::WaitStaged(int64_t id, int64_t group, int64_t timeout_ms) {
       if (scratch == nullptr) scratch = std::make_unique<Scratch>();
       Copy(&lock, work, scratch.get());
     } else if (changed_.wait_until(lock, deadline) == std::cv_status::timeout) {
-      break;
+      return IsStaged(*ticket, group, false);
     }
   }
-  return IsStaged(*ticket, group);
 }
 
 bool Engine::TakeCopy(const Ticket* only, int64_t group, Work* out) {
@@ -214,32 +298,74 @@ void Engine::Copy(Lock* lock, const Work& work, Scratch* scratch) {
   Ticket& ticket = *work.ticket;
   Extent& extent = ticket.table.extents[work.extent];
   uint8_t* dst = arena_.slot(extent.slot);
+  const bool on_device = extent.on_device;
   lock->unlock();
   Copied copied;
   CopyExtent(ticket.table, extent, dst, ticket.crcs.data(), scratch, &copied);
+  const bool is_whole = copied.torn_payload < 0;
+  if (on_device && is_whole) HandToDevices(work.ticket, work.extent, dst);
   lock->lock();
-  ticket.tails.insert(ticket.tails.end(), copied.tails.begin(), copied.tails.end());
-  if (copied.torn_payload >= 0) {
+  // Where a device has a part, the checksums of the whole are taken when it is here.
+  if (!on_device) {
+    ticket.tails.insert(ticket.tails.end(), copied.tails.begin(), copied.tails.end());
+  }
+  if (!is_whole) {
     Fail(&ticket, {copied.is_gone ? FailureKind::kGone : FailureKind::kTorn, copied.torn_payload,
                    -1, 0, ""});
   }
-  // The last one looks at the counters again: a step that changed nothing else moved them.
-  for (const int64_t id : ticket.groups_of[work.extent]) {
-    Group& group = ticket.groups[id];
-    if (--group.num_extents != 0 || ticket.failure.kind != FailureKind::kNone) continue;
+  Unblock(lock, &ticket, work.extent);
+  if (!on_device || !is_whole) FinishCopy(&ticket, work.extent);
+}
+
+void Engine::HandToDevices(const std::shared_ptr<Ticket>& ticket, uint32_t index, uint8_t* dst) {
+  const Extent& extent = ticket->table.extents[index];
+  const std::vector<int64_t> devices = DevicesOf(ticket->table, extent);
+  auto arrived = [this, ticket, index](const Status& status) {
+    const Lock lock(mutex_);
+    if (!status.ok()) {
+      Fail(ticket.get(), {FailureKind::kDevice, -1, -1, 0, status.message()});
+    }
+    if (--ticket->table.extents[index].num_pending == 0) FinishCopy(ticket.get(), index);
+  };
+  {
+    const Lock lock(mutex_);
+    ticket->table.extents[index].num_pending = static_cast<int>(devices.size());
+  }
+  Status status;
+  for (const int64_t device : devices) {
+    std::vector<DeviceBatch> batches;
+    batches.push_back({DeviceCopies(ticket->table, extent, device, dst), arrived});
+    if (status.ok()) status = StageOf(device)->Add(std::move(batches));
+    // What was handed over before still arrives, and the last to arrive frees the slot.
+    if (!status.ok()) arrived(status);
+  }
+}
+
+// What this extent kept a fence waiting for is over.
+void Engine::Unblock(Lock* lock, Ticket* ticket, uint32_t index) {
+  for (const int64_t id : ticket->groups_of[index]) {
+    Group& group = ticket->groups[id];
+    if (--group.num_blocking != 0 || ticket->failure.kind != FailureKind::kNone) continue;
+    // The last one looks at the counters again: a step that changed nothing else moved them.
     lock->unlock();
     int64_t moved = -1;
     for (const uint32_t guard : group.guards) {
-      if (!StillHolds(ticket.table, ticket.table.payloads[guard])) moved = guard;
+      if (!StillHolds(ticket->table, ticket->table.payloads[guard])) moved = guard;
     }
     lock->lock();
-    if (moved >= 0) Fail(&ticket, {FailureKind::kTorn, moved, -1, 0, ""});
-    group.is_staged = true;
+    if (moved >= 0) Fail(ticket, {FailureKind::kTorn, moved, -1, 0, ""});
+    group.is_checked = true;
+    changed_.notify_all();
   }
-  --ticket.num_copying;
-  if (ticket.failure.kind == FailureKind::kNone) {
+}
+
+void Engine::FinishCopy(Ticket* ticket, uint32_t index) {
+  Extent& extent = ticket->table.extents[index];
+  for (const int64_t id : ticket->groups_of[index]) --ticket->groups[id].num_extents;
+  --ticket->num_copying;
+  if (ticket->failure.kind == FailureKind::kNone) {
     extent.state = ExtentState::kStaged;
-    ticket.files[static_cast<size_t>(extent.file)].staged.push_back(work.extent);
+    ticket->files[static_cast<size_t>(extent.file)].staged.push_back(index);
     write_ready_.notify_all();  // One might wake a thread that only waits for the rate.
   } else {
     FreeSlot(&extent);
@@ -282,8 +408,12 @@ Status Engine::Attach(int64_t id, int64_t file, int fd, int direct_fd, const Fil
 
 bool Engine::IsFlushed(const Ticket& ticket, int64_t file) const {
   const File& wanted = ticket.files[static_cast<size_t>(file)];
-  return wanted.num_writing == 0 &&
-         (wanted.num_left == 0 || ticket.failure.kind != FailureKind::kNone);
+  if (wanted.num_writing != 0) return false;
+  // A counter that moved is found by whoever looks last, which may be after the last write.
+  return ticket.failure.kind != FailureKind::kNone ||
+         (wanted.num_left == 0 &&
+          std::all_of(ticket.groups.begin(), ticket.groups.end(),
+                      [](const auto& entry) { return entry.second.is_checked; }));
 }
 
 bool Engine::WaitFlushed(int64_t id, int64_t file, int64_t timeout_ms) {
@@ -320,9 +450,14 @@ void Engine::Write(Lock* lock, const Work& work) {
   if (ticket.failure.kind == FailureKind::kNone) {
     const uint8_t* data = arena_.slot(extent.slot);
     lock->unlock();
+    std::vector<ChunkTail> tails;
+    if (extent.on_device) {
+      ChecksumExtent(ticket.table, extent, data, ticket.crcs.data(), &tails);
+    }
     const Status status = WriteExtent(*file.ops, &file.target, data,
                                       static_cast<size_t>(extent.size_bytes), extent.offset_bytes);
     lock->lock();
+    ticket.tails.insert(ticket.tails.end(), tails.begin(), tails.end());
     if (!status.ok()) Fail(&ticket, WriteFailure(extent.file, status));
     written_bytes_ += extent.size_bytes;
   }
@@ -401,6 +536,13 @@ Status Engine::Take(int64_t id, int64_t file, int64_t timeout_ms, Taken* out) {
       ++wanted.num_writing;
       ++ticket->num_writing;
       *out = {true, index, arena_.slot(extent.slot), extent.size_bytes, extent.offset_bytes};
+      if (extent.on_device) {
+        lock.unlock();
+        std::vector<ChunkTail> tails;
+        ChecksumExtent(ticket->table, extent, out->data, ticket->crcs.data(), &tails);
+        lock.lock();
+        ticket->tails.insert(ticket->tails.end(), tails.begin(), tails.end());
+      }
       return Status::Ok();
     }
     if (changed_.wait_until(lock, deadline) == std::cv_status::timeout) return Status::Ok();
@@ -544,6 +686,12 @@ void Engine::SetPaused(bool is_paused) {
   Lock lock(mutex_);
   is_paused_ = is_paused;
   copy_ready_.notify_all();
+}
+
+std::string Engine::PinProblem() {
+  if (!CheckProcess().ok()) return "";
+  const std::lock_guard<std::mutex> opening(devices_mutex_);
+  return pin_problem_;
 }
 
 EngineStats Engine::Stats() {

@@ -4,8 +4,11 @@
 // written, and gives the slot back. Everything else follows from that: a small arena is a ring with
 // back-pressure, and several saves are in flight when there is room. Tickets are served in order.
 //
-// Threads: copy threads and flush threads, both native, neither ever touches Python. Whoever waits
-// for a fence copies too. One mutex guards all state; no copy, checksum or write is made under it.
+// Threads: copy threads, flush threads and one for each device, all native, none ever touches
+// Python. Whoever waits for a fence copies too. One mutex guards all state; no copy, checksum or
+// write is made under it, and no device is called.
+//
+// Arrays on a device are copied by its DeviceStage; the flush threads take their checksums.
 #ifndef SHARDCKPT_CORE_ENGINE_H_
 #define SHARDCKPT_CORE_ENGINE_H_
 
@@ -24,6 +27,7 @@
 #include <vector>
 
 #include "core/arena.h"
+#include "core/device_stage.h"
 #include "core/file.h"
 #include "core/status.h"
 #include "core/ticket.h"
@@ -37,7 +41,14 @@ enum class FailureKind : uint8_t {
   kTorn,       // An array changed while it was copied, without a fence.
   kGone,       // The memory of an array was freed while it was copied.
   kWrite,      // The system refused a write.
+  kDevice,     // A device failed.
   kCancelled,  // The caller gave the save up.
+};
+
+// A stream on which arrays of a device are used: their values are those of what is queued on it.
+struct DeviceStream {
+  int64_t device;
+  int64_t stream;
 };
 
 // Why a ticket ended early. The first failure of any thread stays.
@@ -80,13 +91,16 @@ class Engine {
 
   // Queues a save and returns; see ParseSaveTable. With `check_all`, checksums of the sources are
   // taken now and compared with those of the copies, which costs a pass over the memory.
-  // kInvalid: no such table, or the arena has no slot at all.
+  // `streams`: one for every device that holds arrays.
+  // kInvalid: no such table, or the arena has no slot at all. kUnavailable, kDevice: see Device.
   Status Begin(std::span<const int64_t> numbers, std::span<const int64_t> file_bytes,
-               bool check_all, int64_t* ticket);
+               bool check_all, int64_t* ticket, std::span<const DeviceStream> streams = {});
 
   // Waits until nothing reads arrays of `group` any more, copying itself. False after timeout_ms;
-  // 0 only asks, and copies nothing.
-  bool WaitStaged(int64_t ticket, int64_t group, int64_t timeout_ms);
+  // 0 only asks, and copies nothing. With `streams` the host does not wait for devices: what is
+  // queued on those streams from now on waits for the copies instead.
+  bool WaitStaged(int64_t ticket, int64_t group, int64_t timeout_ms,
+                  std::span<const DeviceStream> streams = {});
 
   // Lets the flush threads write a file's extents. The descriptors and `ops` stay the caller's and
   // open until the file is idle. direct_fd: -1 or a descriptor with O_DIRECT.
@@ -122,11 +136,14 @@ class Engine {
   // Stops copy threads from beginning further copies; waiters copy all the same. For tests.
   void SetPaused(bool is_paused);
   EngineStats Stats();
+  // Why the arena is not pinned, although a device is in use; "" if it is.
+  std::string PinProblem();
 
  private:
   struct Group {
-    int64_t num_extents = 0;  // Not yet copied.
-    bool is_staged = false;
+    int64_t num_extents = 0;       // Not yet copied.
+    int64_t num_blocking = 0;      // Of those, the ones a device does not copy by itself.
+    bool is_checked = false;       // The guards, once nothing blocks any more.
     std::vector<uint32_t> guards;  // Small payloads, looked at again when the group is copied.
   };
   struct File {
@@ -167,12 +184,20 @@ class Engine {
   // once nothing earlier waits.
   bool TakeCopy(const Ticket* only, int64_t group, Work* out);
   void Copy(Lock* lock, const Work& work, Scratch* scratch);
+  void HandToDevices(const std::shared_ptr<Ticket>& ticket, uint32_t extent, uint8_t* dst);
+  void Unblock(Lock* lock, Ticket* ticket, uint32_t extent);
+  void FinishCopy(Ticket* ticket, uint32_t extent);
+  // Opens the devices of a table, pins the arena for them, and orders their copies after `streams`.
+  Status PrepareDevices(const SaveTable& table, std::span<const DeviceStream> streams);
+  void PinArena();
+  DeviceStage* StageOf(int64_t device);
   bool TakeWrite(Work* out);
   void Write(Lock* lock, const Work& work);
   void WaitForRate(Lock* lock, const Ticket& ticket, int64_t size_bytes);
   void Fail(Ticket* ticket, Failure failure);
   void FreeSlot(Extent* extent);
-  bool IsStaged(const Ticket& ticket, int64_t group) const;
+  // Whether arrays of a group are copied; with `may_be_queued`, on devices only submitted.
+  bool IsStaged(const Ticket& ticket, int64_t group, bool may_be_queued) const;
   bool IsFlushed(const Ticket& ticket, int64_t file) const;
 
   const EngineOptions options_;
@@ -192,6 +217,11 @@ class Engine {
   int64_t last_write_bytes_ = 0;
   int64_t written_bytes_ = 0;
   std::vector<pthread_t> threads_;
+  std::mutex devices_mutex_;  // Of the opening and pinning; never held with mutex_.
+  std::map<int64_t, std::unique_ptr<DeviceStage>> stages_;  // Guarded by mutex_; only grows.
+  std::shared_ptr<Device> pinner_;                          // Guarded by devices_mutex_, as below.
+  size_t num_pinned_ = 0;                                   // Regions of the arena.
+  std::string pin_problem_;
 };
 
 }  // namespace shardckpt

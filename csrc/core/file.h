@@ -20,9 +20,10 @@ struct FileOps {
   // Waits at most timeout_ms until fd takes or has bytes; the result does not matter.
   void (*wait_ready)(int fd, int timeout_ms);
   // pwrite that leaves nothing in the page cache (RWF_DONTCACHE); null where there is none.
-  ssize_t (*pwrite_uncached)(int fd, const void* data, size_t size_bytes, off_t offset_bytes);
+  ssize_t (*pwrite_uncached)(int fd, const void* data, size_t size_bytes,
+                             off_t offset_bytes) = nullptr;
   // Begins to write out a range of the page cache; null where there is none.
-  int (*start_writeout)(int fd, off_t offset_bytes, off_t size_bytes);
+  int (*start_writeout)(int fd, off_t offset_bytes, off_t size_bytes) = nullptr;
 };
 
 const FileOps& SystemFileOps();

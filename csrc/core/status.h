@@ -10,8 +10,8 @@ namespace shardckpt {
 
 enum class StatusCode {
   kOk,
-  kInvalid,  // The caller passed nonsense; nothing was touched.
-  kIo,       // The operating system refused; system_errno() says why.
+  kInvalid,      // The caller passed nonsense; nothing was touched.
+  kIo,           // The operating system refused; system_errno() says why.
   kUnavailable,  // What the call needs is not on this machine: no driver, too old, no device.
   kDevice,       // The CUDA driver refused or the device failed; the message names its error.
   kNoMemory,     // The driver has no room, or may not lock more memory.

@@ -56,8 +56,13 @@ Status ParsePayload(size_t index, const int64_t* row, int64_t num_left, Payload*
     return Bad(index, "bytes [" + std::to_string(p.start) + ", +" + std::to_string(p.size_bytes) +
                           ") of an array of " + std::to_string(size) + " bytes");
   }
-  // Witnesses and the kernel's reads know contiguous memory only.
-  p.group = kEager;
+  if (p.device < 0) {
+    // Witnesses and the kernel's reads know contiguous memory only.
+    p.group = kEager;
+  } else if (p.num_dims != 2 || p.strides_bytes[1] != p.itemsize_bytes ||
+             p.strides_bytes[0] < p.shape[1] * p.itemsize_bytes) {
+    return Bad(index, "an array on a device is neither contiguous nor rows of a pitch");
+  }
   return Status::Ok();
 }
 
@@ -278,6 +283,7 @@ void CopyExtent(const SaveTable& table, const Extent& extent, uint8_t* dst, uint
     const int64_t at = payload.offset_bytes + piece.first - extent.offset_bytes;
     std::memset(dst + filled, 0, static_cast<size_t>(at - filled));
     filled = at + piece.last - piece.first;
+    if (payload.device >= 0) continue;
     if (payload.is_lazy()) {
       if (!CopyLazy(table, piece, dst + at, crcs, scratch, out)) return;
       continue;
@@ -295,6 +301,48 @@ void CopyExtent(const SaveTable& table, const Extent& extent, uint8_t* dst, uint
     });
   }
   std::memset(dst + filled, 0, static_cast<size_t>(extent.size_bytes - filled));
+}
+
+std::vector<DeviceRows> DeviceCopies(const SaveTable& table, const Extent& extent, int64_t device,
+                                     uint8_t* dst) {
+  std::vector<DeviceRows> copies;
+  for (uint32_t i = extent.first_piece; i < extent.last_piece; ++i) {
+    const Piece& piece = table.pieces[i];
+    const Payload& payload = table.payloads[piece.payload];
+    if (payload.device != device) continue;
+    uint8_t* to = dst + (payload.offset_bytes + piece.first - extent.offset_bytes);
+    const auto src = static_cast<uint64_t>(reinterpret_cast<uintptr_t>(payload.src));
+    if (payload.num_dims == 0) {
+      copies.push_back({to, src + static_cast<uint64_t>(piece.first), piece.last - piece.first});
+      continue;
+    }
+    const int64_t row = payload.shape[1] * payload.itemsize_bytes;
+    const int64_t pitch = payload.strides_bytes[0];
+    // At most three: the rest of a row, whole rows, the start of a row.
+    for (int64_t at = payload.start + piece.first; at < payload.start + piece.last;) {
+      const int64_t left = payload.start + piece.last - at;
+      const int64_t inside = at % row;
+      const int64_t num_rows = inside == 0 && left >= row ? left / row : 1;
+      const int64_t size =
+          num_rows > 1 || inside == 0 ? std::min(row, left) : std::min(row - inside, left);
+      copies.push_back(
+          {to, src + static_cast<uint64_t>(at / row * pitch + inside), size, num_rows, pitch});
+      to += size * num_rows;
+      at += size * num_rows;
+    }
+  }
+  return copies;
+}
+
+std::vector<int64_t> DevicesOf(const SaveTable& table, const Extent& extent) {
+  std::vector<int64_t> devices;
+  for (uint32_t i = extent.first_piece; i < extent.last_piece; ++i) {
+    const int64_t device = table.payloads[table.pieces[i].payload].device;
+    if (device >= 0) devices.push_back(device);
+  }
+  std::sort(devices.begin(), devices.end());
+  devices.erase(std::unique(devices.begin(), devices.end()), devices.end());
+  return devices;
 }
 
 void ChecksumExtent(const SaveTable& table, const Extent& extent, const uint8_t* data,

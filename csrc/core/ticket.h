@@ -10,6 +10,7 @@
 #include <span>
 #include <vector>
 
+#include "core/device.h"
 #include "core/status.h"
 
 namespace shardckpt {
@@ -26,7 +27,7 @@ struct Payload {
   int64_t file;
   int64_t offset_bytes;
   int64_t group;   // kEager, or the fence that ends the time in which it may be read.
-  int64_t device;  // -1: host memory.
+  int64_t device;  // CUDA ordinal, -1: host memory.
   int64_t start;   // First byte in C order; of strided arrays only.
   int64_t itemsize_bytes;
   int64_t num_dims;  // 0: contiguous.
@@ -65,7 +66,8 @@ struct Extent {
   int64_t slot = -1;
   ExtentState state = ExtentState::kQueued;
   bool is_eager = false;
-  bool on_device = false;
+  bool on_device = false;  // Some of its payloads.
+  int num_pending = 0;     // Devices whose part is not here yet.
 };
 
 // The checksum of the later part of a chunk that two extents share.
@@ -89,9 +91,9 @@ struct SaveTable {
 // Reads a table of payloads, each
 //   src_address, nbytes, file, offset, group, device, start, itemsize_bytes, ndim, shape[ndim],
 //   strides_bytes[ndim]
-// in file order. `file_bytes` holds for each file the bytes of header and payloads, a multiple of
-// 4096. Takes the witnesses, so the arrays must be there.
-// kInvalid: no such table; names the payload.
+// in file order. Arrays on a device are contiguous or have two dims, the inner one contiguous.
+// `file_bytes` holds for each file the bytes of header and payloads, a multiple of 4096. Takes the
+// witnesses, so the arrays must be there. kInvalid: no such table; names the payload.
 Status ParseSaveTable(std::span<const int64_t> numbers, std::span<const int64_t> file_bytes,
                       SaveTable* out);
 
@@ -113,11 +115,18 @@ struct Copied {
   bool is_gone = false;       // Went away.
 };
 
-// Copies an extent's payloads to `dst`, zeroes between them, and stores the checksum of every chunk
-// that begins here into `crcs`. Lazy payloads are read by the kernel, so memory that is no longer
-// there ends the copy instead of the process.
+// Copies an extent's payloads in host memory to `dst`, zeroes between all of them, and stores the
+// checksum of every chunk that begins here into `crcs`. Lazy payloads are read by the kernel, so
+// memory that is no longer there ends the copy instead of the process.
 void CopyExtent(const SaveTable& table, const Extent& extent, uint8_t* dst, uint32_t* crcs,
                 Scratch* scratch, Copied* out);
+
+// The copies that bring what `device` holds of an extent to `dst`.
+std::vector<DeviceRows> DeviceCopies(const SaveTable& table, const Extent& extent, int64_t device,
+                                     uint8_t* dst);
+
+// The devices that hold parts of an extent.
+std::vector<int64_t> DevicesOf(const SaveTable& table, const Extent& extent);
 
 // The same checksums of an extent that is in place.
 void ChecksumExtent(const SaveTable& table, const Extent& extent, const uint8_t* data,
