@@ -135,29 +135,30 @@ Problems SmallCopiesOfTheTrainerGetThrough(uint64_t seed) {
   auto device = world.Open();
   auto stage = world.OpenStage(device, SmallPieces());
   Staged staged = MakeArrays(&world, device.get(), compute, 1, kPieces * kPieceBytes);
-  uint8_t* item = world.NewHostMemory(4);
-  world.ExpectOk(device->Pin(item, 4), "pin");
+  uint8_t* item = world.NewHostMemory(4, true);
   world.ExpectOk(stage->After(compute), "after");
   world.fake()->RunAll();
   world.ExpectOk(stage->Add(std::move(staged.batches)), "add");
-  for (int i = 0; i < kPieces / 2; ++i) {
+  bool has_gap = true;
+  for (int i = 0; i < kPieces / 2 && has_gap; ++i) {
     world.Expect(world.fake()->WaitPending(2), "no piece was submitted");
     world.Check(world.cuda().cuMemcpyDtoHAsync(item, staged.arrays[0], 4,
                                                reinterpret_cast<cuda::Stream>(compute)),
                 "item");
     const auto copies = PendingOf(&world, OpKind::kToHost);
-    world.Expect(copies.size() == 2 && copies[0].size_bytes == kPieceBytes,
-                 "in flight beside the item: " + std::to_string(copies.size() - 1));
+    has_gap = copies.size() == 2 && copies[0].size_bytes == kPieceBytes;
+    world.Expect(has_gap, "in flight beside the item: " + std::to_string(copies.size() - 1));
     // Whichever the copy engine takes first, the item waits for one piece at most.
     world.fake()->RunOp(copies[0].id);
     world.Expect(world.fake()->RunOp(copies.back().id), "the item waits behind the queue");
-    world.fake()->RunAll();
+    for (const auto& op : world.fake()->Pending()) world.fake()->RunOp(op.id);
   }
   // At the fence the rest goes out at once, and then an item has to wait.
-  world.Expect(world.fake()->WaitPending(2), "no piece was submitted");
+  if (has_gap) world.Expect(world.fake()->WaitPending(2), "no piece was submitted");
   world.ExpectOk(stage->Fence(compute), "fence");
-  world.Expect(PendingOf(&world, OpKind::kToHost).size() == kPieces / 2, "the burst is not all");
-  world.fake()->RunAll();
+  world.Expect(!has_gap || PendingOf(&world, OpKind::kToHost).size() == kPieces / 2,
+               "the burst is not all");
+  world.fake()->SetManual(false);
   world.ExpectOk(stage->Wait(kTimeoutMs), "wait");
   world.Close(std::move(stage));
   device.reset();
@@ -208,7 +209,7 @@ struct Injection {
 Problems ErrorsStay(uint64_t seed) {
   constexpr int kArrays = 6;
   const std::vector<Injection> injections{{"cuMemcpyDtoHAsync", 1, "piece 0, copy 0"},
-                                          {"cuMemcpyDtoHAsync", 4, "piece 2"},
+                                          {"cuMemcpyDtoHAsync", 4, "piece 1, copy 0"},
                                           {"cuEventRecord", 3, "piece 1"},
                                           {"cuEventSynchronize", 2, "piece 1"},
                                           {nullptr, 3, "CUDA_ERROR_ILLEGAL_ADDRESS (700)"}};
@@ -446,7 +447,7 @@ Problems ARateHoldsBackOnlyTheBackground(uint64_t seed) {
   return world.Finish();
 }
 
-// Thousands of small arrays: a piece is bounded in copies, too.
+// Many small arrays: a piece is bounded in copies, too.
 Problems ManySmallArrays(uint64_t seed) {
   constexpr int kArrays = 200;
   constexpr int64_t kBytes = 24;

@@ -151,10 +151,8 @@ uint64_t World::NewArray(int64_t size_bytes, uint64_t stream, int device) {
   arrays_[array] = size_bytes;
   array_devices_[array] = device;
   if (size_bytes == 0) return array;
-  uint8_t* initial = NewHostMemory(size_bytes);
+  uint8_t* initial = NewHostMemory(size_bytes, true);
   for (int64_t i = 0; i < size_bytes; ++i) initial[i] = PatternAt(array, i);
-  Check(cuda_->cuMemHostRegister(initial, static_cast<size_t>(size_bytes), 1), "register");
-  registered_.push_back(initial);
   Check(cuda_->cuMemcpyHtoDAsync(array, initial, static_cast<size_t>(size_bytes), Handle(stream)),
         "copy");
   return array;
@@ -192,11 +190,16 @@ void World::Release(uint64_t stream) {
 
 void World::FreeHostMemory::operator()(uint8_t* address) const { std::free(address); }
 
-uint8_t* World::NewHostMemory(int64_t size_bytes) {
+uint8_t* World::NewHostMemory(int64_t size_bytes, bool is_pinned) {
   const size_t allocated_bytes = (static_cast<size_t>(size_bytes) / 4096 + 1) * 4096;
   host_memory_.emplace_back(static_cast<uint8_t*>(std::aligned_alloc(4096, allocated_bytes)));
-  std::memset(host_memory_.back().get(), 0, allocated_bytes);
-  return host_memory_.back().get();
+  uint8_t* address = host_memory_.back().get();
+  std::memset(address, 0, allocated_bytes);
+  if (is_pinned) {
+    Check(cuda_->cuMemHostRegister(address, static_cast<size_t>(size_bytes), 1), "register");
+    registered_.push_back(address);
+  }
+  return address;
 }
 
 bool World::Holds(const DeviceRows& rows) {

@@ -47,7 +47,8 @@ class World {
   void Hold(uint64_t stream);
   void Release(uint64_t stream);
 
-  uint8_t* NewHostMemory(int64_t size_bytes);  // Page-aligned; lives until Finish.
+  // Page-aligned; lives until Finish. Pinned: by the trainer, not by a Device.
+  uint8_t* NewHostMemory(int64_t size_bytes, bool is_pinned = false);
   // Whether packed memory holds `rows` of an array as NewArray filled it.
   bool Holds(const DeviceRows& rows);
 
