@@ -19,6 +19,7 @@
 #include "core/chunk_read.h"
 #include "core/copy.h"
 #include "core/crc32c.h"
+#include "core/cuda_driver.h"
 #include "core/engine.h"
 #include "core/file.h"
 #include "core/memory_limit.h"
@@ -365,6 +366,12 @@ NB_MODULE(_native, m) {
   m.def("read_full", shardckpt::ReadFullAt, "fd"_a, "address"_a, "nbytes"_a, "offset"_a);
 
   m.def("memory_limit", [] { return shardckpt::MemoryLimitBytes(); });
+
+  m.def("cuda_problem", [] {
+    const shardckpt::CudaDriver* driver = nullptr;
+    nb::gil_scoped_release unlocked;
+    return shardckpt::CudaDriver::Get(&driver).message();
+  });
 
   using shardckpt::PyEngine;
   nb::class_<PyEngine>(m, "Engine")

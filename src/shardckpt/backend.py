@@ -16,7 +16,7 @@ import msgspec
 from shardckpt.geometry.array_spec import ArraySpec
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Collection, Mapping, Sequence
 
     from shardckpt.state import HostArray, Leaf, StateTree
 
@@ -78,7 +78,10 @@ class Backend(Protocol):
         """
 
     def host_array(self, data: object) -> HostArray:
-        """Return host memory of a shard's `data`; a device array is copied to the host first."""
+        """Return the memory of a shard's `data`; what the engine cannot stage is copied first."""
+
+    def streams(self, devices: Collection[int]) -> Sequence[int]:
+        """Return pairs of device and stream: where the caller uses arrays of `devices` now."""
 
     def targets(self, state: Any, saved: SavedState, *, only: tuple[str, ...]) -> Targets:
         """Return what `state` wants filled, given what is saved, changing nothing the user can see.

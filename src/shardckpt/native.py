@@ -169,18 +169,26 @@ def memory_limit() -> int:
     return value
 
 
+def cuda_problem() -> str:
+    """Return why no CUDA device can be staged from, "" where one can; loads the driver once."""
+    value: str = _impl.cuda_problem()
+    return value
+
+
 def staging_engine(num_copy_threads: int, num_flush_threads: int, cpus: list[int]) -> Engine:
     """Start a staging engine: copies arrays and writes them to files in threads of its own.
 
     Calls, all but `set_*` and `stats` without the GIL:
 
     - `reserve(nbytes)` grows its memory; OSError where there is no room.
-    - `begin(rows, file_bytes, check_all)` queues a save and returns its ticket. `rows` is an
+    - `begin(rows, file_bytes, check_all, streams)` queues a save and returns its ticket. `rows`: an
       `array('q')` with, per payload in file order, [source_address, nbytes, file, file_offset,
-      group, device (-1), first byte in C order (of strided arrays), itemsize_bytes, ndim (0:
-      contiguous), shape[ndim], strides_bytes[ndim]].
-    - `wait_staged(ticket, group, timeout_ms)` copies with the others until nothing reads arrays of
-      `group` (-1: any) any more; False after the timeout; with 0 it only looks. 0 only looks.
+      group, CUDA device or -1, first byte in C order (of strided arrays), itemsize_bytes, ndim (0:
+      contiguous), shape[ndim], strides_bytes[ndim]]; `streams` pairs of device and the stream on
+      which its arrays are used.
+    - `wait_staged(ticket, group, timeout_ms, streams)` copies with the others until nothing reads
+      arrays of `group` (-1: any) any more; False after the timeout, with 0 it only looks. With
+      `streams` the host does not wait for devices: what comes next on those streams does.
     - `attach(ticket, file, fd, direct_fd, calls)` gives a file to the flush threads (`calls`: the
       address of a `pure.FileCalls`, or 0), `wait_flushed(ticket, file, timeout_ms)` waits for them.
     - `take(ticket, file, timeout_ms)` lends a staged extent instead: (extent, address, nbytes,

@@ -378,13 +378,19 @@ class Engine:
         """Note how much memory saves may take."""
         self._nbytes = max(self._nbytes, nbytes)
 
-    def begin(self, rows: array[int], file_bytes: array[int], check_all: bool) -> int:
+    def begin(
+        self,
+        rows: array[int],
+        file_bytes: array[int],
+        check_all: bool,
+        streams: array[int] | None = None,
+    ) -> int:
         """Copy every payload of the table; see `shardckpt/csrc/core/ticket.h` for its rows.
 
         Raises:
             ValueError: The table is no such encoding.
         """
-        del check_all  # Nothing runs beside the copy.
+        del check_all, streams  # Nothing runs beside the copy.
         ticket = _Ticket([bytearray(nbytes) for nbytes in file_bytes], [[] for _ in file_bytes])
         fields = _int64_fields(rows)
         position = 0
@@ -406,10 +412,16 @@ class Engine:
         self._tickets[number] = ticket
         return number
 
-    def wait_staged(self, ticket: int, group: int, timeout_ms: int) -> bool:
+    def wait_staged(
+        self, ticket: int, group: int, timeout_ms: int, streams: array[int] | None = None
+    ) -> bool:
         """Return True: `begin` copied everything."""
-        del ticket, group, timeout_ms
+        del ticket, group, timeout_ms, streams
         return True
+
+    def pin_problem(self) -> str:
+        """Return "": there is no device."""
+        return ""
 
     def attach(self, ticket: int, file: int, fd: int, direct_fd: int, calls: int) -> None:
         """Write a file's payloads."""
@@ -496,6 +508,11 @@ class _Ticket:
 def memory_limit() -> int:
     """Return the bytes of memory this machine has; the compiled path knows control groups, too."""
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def cuda_problem() -> str:
+    """Return why no CUDA device can be staged from: it takes the compiled path."""
+    return "the extension is not built"
 
 
 def _address_of(image: bytearray) -> int:

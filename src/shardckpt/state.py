@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Final, Literal
 
 import msgspec
 
@@ -22,6 +22,9 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
 
+HOST: Final = -1
+
+
 class HostArray(msgspec.Struct, frozen=True, gc=False):
     """Memory of one shard on the host, maybe strided; valid while `owner` is referenced.
 
@@ -31,6 +34,7 @@ class HostArray(msgspec.Struct, frozen=True, gc=False):
         strides_bytes: Bytes from one index to the next, per dim.
         itemsize_bytes: Bytes of an element.
         owner: Whatever keeps the memory alive.
+        device: For a save: the CUDA device whose memory it is, -1 for the host.
     """
 
     address: int
@@ -38,6 +42,7 @@ class HostArray(msgspec.Struct, frozen=True, gc=False):
     strides_bytes: tuple[int, ...]
     itemsize_bytes: int
     owner: object
+    device: int = HOST
 
     @property
     def is_contiguous(self) -> bool:

@@ -16,6 +16,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
+from array import array
 from collections import deque
 from concurrent.futures import Future
 from concurrent.futures import wait as wait_futures
@@ -307,8 +308,10 @@ class Saver:
 
     def _wait_copied(self, job: _Job, group: int) -> None:
         deadline = time.monotonic() + self._timeout_s
+        # Devices do not keep the host waiting: what comes next on these streams waits for them.
+        streams = array("q", self._backend.streams(job.staged.devices))
         # In slices, so that a signal's handler runs.
-        while not self._engine.wait_staged(job.staged.ticket, group, _SLICE_MS):
+        while not self._engine.wait_staged(job.staged.ticket, group, _SLICE_MS, streams):
             if time.monotonic() > deadline:
                 self._engine.cancel(
                     job.staged.ticket,
@@ -378,7 +381,7 @@ class Saver:
         assert self._known is not None
         with no_garbage_collection():
             staged = stage(
-                self._engine, plan, tree.leaves, self._backend.host_array,
+                self._engine, plan, tree.leaves, self._backend,
                 overlap=self._overlaps, check_copies=self._options.check_copies,
             )  # fmt: skip
         return _Job(

@@ -5,7 +5,7 @@ Layer: testing.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, MutableMapping
+from collections.abc import Collection, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, final
 
@@ -73,6 +73,11 @@ class ArrayBackend:
         return HostArray(
             data.__array_interface__["data"][0], data.shape, data.strides, data.itemsize, data
         )
+
+    def streams(self, devices: Collection[int]) -> Sequence[int]:
+        """Return nothing: there are no devices."""
+        del devices
+        return ()
 
     def targets(
         self, state: Mapping[str, Any], saved: SavedState, *, only: tuple[str, ...]

@@ -5,7 +5,8 @@ Layer: torch. No collectives, no process group: what other ranks hold follows fr
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, MutableMapping
+import logging
+from collections.abc import Collection, Iterable, Iterator, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, final
 
@@ -13,6 +14,7 @@ import msgspec
 import torch
 from torch import nn
 
+from shardckpt import native
 from shardckpt.backend import SavedState, Targets
 from shardckpt.errors import UnsupportedStateError
 from shardckpt.format.tagged import MAX_DEPTH, decode, encode
@@ -37,6 +39,8 @@ from shardckpt.torch.values import decode_inline, encode_inline
 
 if TYPE_CHECKING:
     from shardckpt.torch.fences import OptimizerFences
+
+_logger = logging.getLogger("shardckpt")
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,6 +82,7 @@ class TorchBackend:
         """
         self._leaves = Leaves()
         self._fences = fences
+        self._cuda_problem: str | None = None
 
     def describe(self, state: Mapping[str, Any]) -> StateTree:
         """Return what `state` holds, without copying arrays and without communication.
@@ -122,9 +127,29 @@ class TorchBackend:
         return StateTree(tuple(found), objects, per_rank, aliases)
 
     def host_array(self, data: object) -> HostArray:
-        """Return host memory of a shard; a device tensor is copied to the host first."""
+        """Return the memory of a shard; what the engine cannot stage is copied to the host."""
         assert isinstance(data, torch.Tensor)
-        return copies.host_array(data)
+        stays = data.is_cuda and self._stages_cuda()
+        return copies.host_array(data, may_stay_on_device=stays)
+
+    def streams(self, devices: Collection[int]) -> Sequence[int]:
+        """Return pairs of device and the calling thread's current CUDA stream there."""
+        return [
+            number
+            for device in sorted(devices)
+            for number in (device, torch.cuda.current_stream(device).cuda_stream)
+        ]
+
+    def _stages_cuda(self) -> bool:
+        if self._cuda_problem is None:
+            self._cuda_problem = native.cuda_problem()
+            if self._cuda_problem:
+                _logger.warning(
+                    "CUDA tensors are copied to the host before save() returns, because the driver "
+                    "cannot be used: %s",
+                    self._cuda_problem,
+                )
+        return not self._cuda_problem
 
     def targets(
         self, state: Mapping[str, Any], saved: SavedState, *, only: tuple[str, ...]

@@ -1,7 +1,7 @@
 """Shards out of and into torch tensors, as host memory.
 
-Layer: torch. CPU tensors are lent as they are, strides included; device tensors go through a host
-copy. No numpy, so every dtype passes.
+Layer: torch. CPU tensors are lent as they are, strides included; CUDA tensors too where the staging
+engine copies them itself; other devices go through a host copy. No numpy, so every dtype passes.
 """
 
 from __future__ import annotations
@@ -11,16 +11,18 @@ from typing import Final
 import torch
 
 from shardckpt.errors import UnsupportedStateError
-from shardckpt.state import HostArray
-
+from shardckpt.state import HOST, HostArray
 
 _BYTES: Final = (1,)
 
 
-def host_array(tensor: torch.Tensor) -> HostArray:
-    """Return host memory with the values; a device tensor is copied after its current stream.
+def host_array(tensor: torch.Tensor, *, may_stay_on_device: bool = False) -> HostArray:
+    """Return the memory of a tensor's values; contiguous memory as a row of bytes.
 
-    Contiguous memory is given as a row of bytes, which is quicker to describe.
+    Args:
+        tensor: On any device; what is copied to the host is ordered after its current stream.
+        may_stay_on_device: Return memory of a CUDA device as it is, where it is contiguous or rows
+            of a pitch.
     """
     # The detached alias stays valid where the caller gives its parameter other memory (`p.data =
     # ...`).
@@ -29,11 +31,22 @@ def host_array(tensor: torch.Tensor) -> HostArray:
         alias = alias.resolve_conj()
     if alias.is_neg():
         alias = alias.resolve_neg()
+    device = HOST
     if not alias.is_cpu:
-        alias = alias.to("cpu")
+        if may_stay_on_device and alias.is_cuda and _has_rows(alias):
+            device = alias.get_device()
+        else:
+            alias = alias.to("cpu")
     if alias.is_contiguous():
-        return HostArray(alias.data_ptr(), (alias.nbytes,), _BYTES, 1, alias)
-    return _lent(alias)
+        return HostArray(alias.data_ptr(), (alias.nbytes,), _BYTES, 1, alias, device)
+    return _lent(alias, device)
+
+
+def _has_rows(tensor: torch.Tensor) -> bool:
+    if tensor.is_contiguous():
+        return True
+    rows = tensor.ndim == 2 and tensor.stride(1) == 1
+    return rows and tensor.stride(0) >= tensor.shape[1]
 
 
 def host_target(tensor: torch.Tensor) -> HostArray:
@@ -101,7 +114,7 @@ def check_fillable(tensor: torch.Tensor, what: str) -> None:
         )
 
 
-def _lent(tensor: torch.Tensor) -> HostArray:
+def _lent(tensor: torch.Tensor, device: int = HOST) -> HostArray:
     item = tensor.element_size()
     strides = tuple([stride * item for stride in tensor.stride()])
-    return HostArray(tensor.data_ptr(), tuple(tensor.shape), strides, item, tensor)
+    return HostArray(tensor.data_ptr(), tuple(tensor.shape), strides, item, tensor, device)

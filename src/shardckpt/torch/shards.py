@@ -162,7 +162,14 @@ class Leaves:
                 found.layout, found.shards[0].box if found.shards else None,
             )  # fmt: skip
         shards = () if known.box is None else (Shard(known.box, local),)
-        return Leaf(known.key, known.spec, role, known.layout, shards, fence if local.is_cpu else 0)
+        return Leaf(
+            known.key,
+            known.spec,
+            role,
+            known.layout,
+            shards,
+            fence if local.is_cpu or local.is_cuda else 0,
+        )
 
     def sharded(self, key: str, like: Any, local: torch.Tensor, role: str, fence: int = 0) -> Leaf:
         """Return the leaf of a local tensor that lies on the mesh as the DTensor `like` does.
@@ -186,7 +193,7 @@ class Leaves:
                 "Make the DTensor with distribute_tensor or fully_shard."
             )
         shards = (Shard(box, local),)
-        return Leaf(key, spec, role, layout, shards, fence if local.is_cpu else 0)
+        return Leaf(key, spec, role, layout, shards, fence if local.is_cpu or local.is_cuda else 0)
 
     def flat(
         self, key: str, part: FlatPart, local: torch.Tensor, role: str, fence: int = 0
@@ -204,7 +211,9 @@ class Leaves:
             stop = offset + box.num_elements
             shards.append(Shard(box, local[offset:stop].view(box.shape)))
             offset = stop
-        return Leaf(key, spec, role, "boxes", tuple(shards), fence if local.is_cpu else 0)
+        return Leaf(
+            key, spec, role, "boxes", tuple(shards), fence if local.is_cpu or local.is_cuda else 0
+        )
 
     def layout_of(self, key: str, dtensor: Any) -> MeshLayout:
         """Return the layout of a DTensor.
