@@ -65,7 +65,7 @@ ssize_t FakePread(int fd, void* data, size_t size_bytes, off_t offset_bytes) {
   return static_cast<ssize_t>(count);
 }
 
-constexpr FileOps kFakeOps{nullptr, FakePread, [](int, int) {}};
+constexpr FileOps kFakeOps{nullptr, FakePread, [](int, int) {}, nullptr, nullptr};
 
 // A file of payloads: where each lies, its checksums, and where it is to be placed.
 struct Scene {

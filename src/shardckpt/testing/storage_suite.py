@@ -11,11 +11,13 @@ import itertools
 import random
 import threading
 from abc import ABC, abstractmethod
+from array import array
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Final
 
 import pytest
 
+from shardckpt import native
 from shardckpt.errors import StorageError
 
 if TYPE_CHECKING:
@@ -280,6 +282,26 @@ class StorageSuite(ABC):
                 job.result(30)
         reader.close()
         assert memory.bytes() == data
+
+    def test_what_a_reader_lends_holds_the_same_bytes(self, storage: Storage) -> None:
+        """Native code reads by it, past the page cache or through it."""
+        data = random.Random(6).randbytes(2 * _MIB + 5)
+        self.raw_set(storage, "a", data)
+        reader = storage.open("a")
+        lent = reader.lend()
+        if lent is not None:
+            start, stop = 12_345, len(data)
+            memory = _Memory(bytes(stop - start))
+            piece = array("q", (start, stop - start, 0, memory.address))
+            saved = _Memory(data[start:])
+            row = array("q", (saved.address, stop - start, start))
+            crcs = native.chunk_crcs(row, 1, _MIB)
+            wanted = native.ChunkRange(start, stop, piece, array("q"), crcs, 1, _MIB)
+            with lent as file:
+                outcome = native.read_chunks(file.fd, file.direct_fd, file.calls, wanted)
+            assert outcome == (stop, -1, 0)
+            assert memory.bytes() == data[start:]
+        reader.close()
 
     # list
 
