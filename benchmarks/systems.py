@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Final, Protocol
 
 from torch import distributed
 from torch.distributed import checkpoint as dcp
+from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
 from torch.distributed.checkpoint.staging import (
     BlockingAsyncStager,
     DefaultStager,
@@ -132,6 +133,7 @@ class Dcp:
         self._place = place / name
         self._stager = stager
         self._kind = kind
+        self._caches_plan = name.endswith("plan cached")
         self._group: Any = distributed.new_group(backend="gloo")
         self._staged: Future[None] | None = None
         self._durable: Future[Any] | None = None
@@ -151,6 +153,8 @@ class Dcp:
             process_group=self._group,
             async_checkpointer_type=self._kind,
             async_stager=self._stager,
+            # The cache is the class's: only one system of a process may use it.
+            planner=DefaultSavePlanner(enable_plan_caching=self._caches_plan),
         )
         if isinstance(answer, AsyncSaveResponse):
             self._staged, self._durable = answer.staging_completion, answer.upload_completion
@@ -212,10 +216,10 @@ PROCESS: Final = AsyncCheckpointerType.PROCESS
 PEERS: Final[dict[str, tuple[Callable[[], AsyncStager | None], AsyncCheckpointerType]]] = {
     "dcp thread": (lambda: None, THREAD),
     "dcp thread, cached": (_stager(), THREAD),
-    "dcp thread, cached, staged in background": (_stager(background=True), THREAD),
+    "dcp thread, cached, staged in background, plan cached": (_stager(background=True), THREAD),
     "dcp process": (lambda: None, PROCESS),
     "dcp process, cached in shared memory": (_stager(shared=True), PROCESS),
-    "dcp process, cached in shared memory, staged in background": (
+    "dcp process, cached in shared memory, staged in background, plan cached": (
         _stager(shared=True, background=True),
         PROCESS,
     ),
