@@ -11,10 +11,10 @@ import schedulefree
 import torch
 from torch import nn, optim
 from torch.optim.optimizer import _global_optimizer_pre_hooks
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable
 
 
 class Net(nn.Module):
@@ -398,18 +398,10 @@ def test_a_compiled_step_waits_and_is_not_compiled_again(whole: bool, late_save:
         torch._dynamo.reset()
 
 
-class Numbers(Dataset[torch.Tensor]):
-    def __len__(self) -> int:
-        return 8
-
-    def __getitem__(self, index: int) -> torch.Tensor:
-        return torch.full((6,), float(index))
-
-
 def test_loader_workers_forked_during_a_save_leave_it_alone(late_save: Any) -> None:
     state = trained()
     late_save.save(state)
-    loader = DataLoader(Numbers(), batch_size=4, num_workers=2, multiprocessing_context="fork")
+    loader = DataLoader(torch.randn(8, 6), batch_size=4, num_workers=2, multiprocessing_context="fork")
     for batch in loader:
         state["model"](batch).sum().backward()
     assert late_save.fenced == []
