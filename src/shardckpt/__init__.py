@@ -11,13 +11,15 @@ from shardckpt.errors import (
     PoisonedStateError,
     SaveFailedError,
     ShardckptError,
+    StagingMemoryError,
     StateMismatchError,
     StepNotFoundError,
     StorageError,
     StoreNotFoundError,
+    TornCopyError,
     UnsupportedStateError,
 )
-from shardckpt.options import Best, Every, Retention
+from shardckpt.options import Best, Every, Retention, Staging
 from shardckpt.state import PerRank
 
 __version__ = "0.1.0.dev0"
@@ -34,10 +36,13 @@ __all__ = [
     "Retention",
     "SaveFailedError",
     "ShardckptError",
+    "Staging",
+    "StagingMemoryError",
     "StateMismatchError",
     "StepNotFoundError",
     "StorageError",
     "StoreNotFoundError",
+    "TornCopyError",
     "UnsupportedStateError",
 ]
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import gc
 import os
+import weakref
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -13,8 +15,12 @@ from torch import nn, optim
 from torch.optim.optimizer import _global_optimizer_pre_hooks
 from torch.utils.data import DataLoader
 
+from shardckpt.torch.backend import TorchBackend
+
 if TYPE_CHECKING:
     from collections.abc import Callable
+
+    from shardckpt.torch.fences import OptimizerFences
 
 
 class Net(nn.Module):
@@ -401,7 +407,9 @@ def test_a_compiled_step_waits_and_is_not_compiled_again(whole: bool, late_save:
 def test_loader_workers_forked_during_a_save_leave_it_alone(late_save: Any) -> None:
     state = trained()
     late_save.save(state)
-    loader = DataLoader(torch.randn(8, 6), batch_size=4, num_workers=2, multiprocessing_context="fork")
+    loader = DataLoader(
+        torch.randn(8, 6), batch_size=4, num_workers=2, multiprocessing_context="fork"
+    )
     for batch in loader:
         state["model"](batch).sum().backward()
     assert late_save.fenced == []
@@ -425,7 +433,51 @@ def test_a_step_in_a_forked_child_waits_for_nobody(late_save: Any) -> None:
 
 def test_closing_removes_the_hook_and_lets_go_of_the_parameters(late_save: Any) -> None:
     hooks = len(_global_optimizer_pre_hooks)
-    late_save.save(trained())
+    gone = weakref.ref(described(late_save.fences))
+    assert gone() is not None, "an optimizer made anew may step over it while copies are made"
     late_save.fences.close()
     assert len(_global_optimizer_pre_hooks) == hooks - 1
+    gc.collect()
+    assert gone() is None
     late_save.fences.close()
+
+
+def described(fences: OptimizerFences) -> torch.Tensor:
+    """Describe a state that nobody keeps, and return one of its parameters."""
+    state = trained()
+    TorchBackend(fences).describe(state)
+    return state["model"].first.weight
+
+
+def test_the_next_step_lets_go_of_parameters_whose_copies_are_made(late_save: Any) -> None:
+    gone = weakref.ref(described(late_save.fences))
+    trained()
+    gc.collect()
+    assert gone() is None
+
+
+def test_what_is_remembered_of_a_tensor_follows_the_tensor() -> None:
+    backend = TorchBackend()
+    tensor = torch.zeros(2, 3)
+
+    def spec(tensor: torch.Tensor) -> str:
+        (leaf,) = backend.describe({"t": tensor}).leaves
+        assert leaf.shards[0].data is tensor
+        assert leaf.shards[0].box.shape == tuple(tensor.shape)
+        return str(leaf.spec)
+
+    assert spec(tensor) == spec(tensor) == "float32[2, 3]"
+    tensor.data = torch.zeros(5)
+    assert spec(tensor) == "float32[5]"
+    tensor.data = torch.zeros(5, dtype=torch.bfloat16)
+    assert spec(tensor) == "bfloat16[5]"
+    tensor.resize_(7)
+    assert spec(tensor) == "bfloat16[7]"
+    tensor = torch.zeros(7, dtype=torch.int8)
+    assert spec(tensor) == "int8[7]"
+    tensor = torch.zeros(0)
+    assert backend.describe({"t": tensor}).leaves[0].shards == ()
+    gone = weakref.ref(tensor)
+    del tensor
+    gc.collect()
+    assert gone() is None
