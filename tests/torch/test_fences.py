@@ -177,6 +177,15 @@ def test_a_parameter_of_two_optimizers_is_copied_at_once(late_save: Any) -> None
     assert late_save.torn() == []
 
 
+def test_an_optimizer_under_two_names_is_one_owner(late_save: Any) -> None:
+    state = trained()
+    late_save.save(state | {"again": state["optimizer"]})
+    assert late_save.groups["model/first.weight"] != 0
+    backward(state["model"])
+    state["optimizer"].step()
+    assert late_save.torn() == []
+
+
 def test_an_optimizer_for_each_parameter_waits_for_its_own(late_save: Any) -> None:
     """Optimizers in backward: each parameter steps as soon as its gradient is there."""
     model = Net()

@@ -11,6 +11,7 @@ from torch.distributed import distributed_c10d
 from torch.distributed.fsdp import FullyShardedDataParallel, _flat_param
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.placement_types import Partial, Replicate, Shard, _StridedShard
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from shardckpt.errors import UnsupportedStateError
 from shardckpt.torch import private
@@ -28,6 +29,22 @@ def test_placements_as_plain_data() -> None:
 def test_a_dtensor_shows_its_local_tensor() -> None:
     assert "_local_tensor" in DTensor.__slots__ or "_local_tensor" in DTensor.__annotations__
     assert private.dtensor_class() is DTensor
+
+
+def test_a_step_that_calls_the_hooks_is_marked() -> None:
+    class Fresh(torch.optim.SGD):
+        def step(self, closure: object = None) -> None:
+            del closure
+
+    assert not private.runs_step_hooks(Fresh)
+    optimizer = Fresh([nn.Parameter(torch.ones(1))], lr=0.1)
+    assert private.runs_step_hooks(Fresh)
+    seen: list[object] = []
+    hook = register_optimizer_step_pre_hook(lambda *called: seen.append(called[0]))
+    optimizer.step()
+    hook.remove()
+    assert seen == [optimizer]
+    assert not private.runs_step_hooks(object)
 
 
 def test_the_default_store_is_where_it_was() -> None:

@@ -101,7 +101,8 @@ class OptimizerFences:
             group = self.group_of(optimizer)
             for fields in optimizer.param_groups:
                 for param in fields["params"]:
-                    groups[id(param)] = 0 if id(param) in groups else group
+                    if groups.setdefault(id(param), group) != group:
+                        groups[id(param)] = 0
                     params.append(param)
         self._described = set(groups.values()) - {0}
         self._owned = [param for param in params if groups[id(param)]]
