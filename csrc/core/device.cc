@@ -84,7 +84,7 @@ Status Device::Open(int ordinal, std::shared_ptr<Device>* out) {
                            "; this process sees " + std::to_string(num_devices) +
                            " (CUDA_VISIBLE_DEVICES).");
   }
-  std::shared_ptr<Device> device(new Device(driver, ordinal));
+  auto device = std::make_shared<Device>(driver, ordinal);
   if (Status status = device->Check(driver->cuDeviceGet(&device->id_, ordinal), "cuDeviceGet");
       !status.ok()) {
     return status;

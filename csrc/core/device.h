@@ -39,6 +39,8 @@ class Device {
   // Loads the driver if need be and retains the device's primary context, the one that frameworks
   // use. kUnavailable: see CudaDriver. kInvalid: there is no such device.
   static Status Open(int ordinal, std::shared_ptr<Device>* out);
+  // Without a context or a stream: Open makes them.
+  Device(const CudaDriver* driver, int ordinal) : driver_(driver), ordinal_(ordinal) {}
 
   // The device that memory belongs to. kInvalid: it is no memory that CUDA knows. Makes no context.
   static Status OrdinalOf(uint64_t address, int* ordinal);
@@ -84,8 +86,6 @@ class Device {
     int num_waiting = 0;  // Threads that use the event without the lock.
   };
   class Current;
-
-  Device(const CudaDriver* driver, int ordinal) : driver_(driver), ordinal_(ordinal) {}
 
   Status Check(cuda::Result result, const std::string& what) const;
   Status RefuseCapture(uint64_t compute_stream, const std::string& what) const;

@@ -65,7 +65,7 @@ Status DeviceStage::Open(std::shared_ptr<Device> device, const DeviceStageOption
                            ", bytes_per_s " + std::to_string(options.bytes_per_s) +
                            "; allowed are >= 1, >= 1 and >= 0.");
   }
-  std::unique_ptr<DeviceStage> stage(new DeviceStage(std::move(device), options));
+  auto stage = std::make_unique<DeviceStage>(std::move(device), options);
   // Signals belong to the threads of the program.
   sigset_t all;
   sigset_t before;
@@ -109,12 +109,13 @@ Status DeviceStage::MakeBusy(const std::vector<DeviceBatch>& batches,
   for (const DeviceBatch& batch : batches) {
     for (const DeviceRows& rows : batch.copies) {
       int64_t size_bytes = 0;
-      if (rows.row_bytes < 0 || rows.num_rows < 0 || rows.src_pitch_bytes < 0 ||
+      if (rows.row_bytes < 0 || rows.num_rows < 0 ||
+          (rows.num_rows > 1 && rows.src_pitch_bytes < rows.row_bytes) ||
           __builtin_mul_overflow(rows.row_bytes, rows.num_rows, &size_bytes)) {
         return Status::Invalid("device_stage: " + std::to_string(rows.num_rows) + " rows of " +
                                std::to_string(rows.row_bytes) + " bytes, pitch " +
                                std::to_string(rows.src_pitch_bytes) +
-                               ", are no array; sizes and pitch must be >= 0.");
+                               ", are no array; sizes must be >= 0, a pitch no less than its row.");
       }
       if (size_bytes == 0) continue;
       int ordinal = -1;
@@ -164,10 +165,12 @@ Status DeviceStage::Fence(uint64_t compute_stream) {
       return status;
     }
   }
+  const Clock::time_point next_submit = next_submit_;
   while (!queue_.empty() && error_.ok()) {
     if (SEEDED(kForgetLastPiece) && queue_.size() == 1) break;
     SubmitPiece();
   }
+  next_submit_ = next_submit;  // The rate is of the background alone.
   work_.notify_one();
   if (!error_.ok()) return error_;
   if (in_flight_.empty() || SEEDED(kHoldBackFirst)) return Status::Ok();

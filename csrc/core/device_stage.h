@@ -49,6 +49,8 @@ class DeviceStage {
  public:
   static Status Open(std::shared_ptr<Device> device, const DeviceStageOptions& options,
                      std::unique_ptr<DeviceStage>* out);
+  // Without its thread: Open starts it.
+  DeviceStage(std::shared_ptr<Device> device, const DeviceStageOptions& options);
   ~DeviceStage();  // Only after Close() returned true.
   DeviceStage(const DeviceStage&) = delete;
   DeviceStage& operator=(const DeviceStage&) = delete;
@@ -62,7 +64,7 @@ class DeviceStage {
   // Device::After.
   Status After(uint64_t compute_stream) { return device_->After(compute_stream); }
 
-  // Queues batches. All or none: kInvalid: a source is not of this device, a size is negative, or
+  // Queues batches. All or none: kInvalid: a source is not of this device, rows are none, or
   // a destination belongs to a batch that is not done.
   Status Add(std::vector<DeviceBatch> batches);
 
@@ -90,8 +92,6 @@ class DeviceStage {
     uint64_t ticket = 0;
     Batches ends;  // Batches whose last bytes are in it.
   };
-
-  DeviceStage(std::shared_ptr<Device> device, const DeviceStageOptions& options);
 
   static void* Run(void* stage);
   void Loop();

@@ -330,6 +330,9 @@ Problems TwoDevices(uint64_t seed) {
   std::vector<DeviceBatch> wrong;
   wrong.push_back(world.Batch({{memory, arrays[1], 1}}));
   world.ExpectInvalid(stages[0]->Add(wrong), "of CUDA device 1 was given to the stage of device 0");
+  std::vector<DeviceBatch> overlapping;
+  overlapping.push_back(world.Batch({{memory, arrays[0], 8, 2, 4}}));
+  world.ExpectInvalid(stages[0]->Add(overlapping), "a pitch no less than its row");
   int ordinal = -1;
   world.ExpectOk(Device::OrdinalOf(arrays[1] + 5, &ordinal), "ordinal");
   world.Expect(ordinal == 1, "ordinal: " + std::to_string(ordinal));

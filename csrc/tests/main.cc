@@ -1,4 +1,5 @@
-// Runs every TEST; exits 1 if an EXPECT was false, or if there was nothing to run.
+// Runs every TEST, or those whose name holds the one argument; exits 1 if an EXPECT was false, or
+// if there was nothing to run.
 #include <cstdio>
 #include <string>
 #include <vector>
@@ -22,16 +23,19 @@ void RecordFailure(const char* file, int line, const std::string& what) {
   std::fprintf(stderr, "%s:%d: %s\n", file, line, what.c_str());
 }
 
-int RunAll() {
+int RunAll(const std::string& in_name) {
+  size_t num_tests = 0;
   for (const Test& test : Tests()) {
+    if (std::string(test.name).find(in_name) == std::string::npos) continue;
+    ++num_tests;
     const int failures_before = num_failures;
     test.run();
     std::printf("%s %s\n", num_failures == failures_before ? "ok    " : "FAILED", test.name);
   }
-  std::printf("%zu tests, %d failures\n", Tests().size(), num_failures);
-  return num_failures == 0 && !Tests().empty() ? 0 : 1;
+  std::printf("%zu tests, %d failures\n", num_tests, num_failures);
+  return num_failures == 0 && num_tests > 0 ? 0 : 1;
 }
 
 }  // namespace shardckpt::testing
 
-int main() { return shardckpt::testing::RunAll(); }
+int main(int argc, char** argv) { return shardckpt::testing::RunAll(argc > 1 ? argv[1] : ""); }
