@@ -20,6 +20,8 @@
 #include "core/copy.h"
 #include "core/crc32c.h"
 #include "core/cuda_driver.h"
+#include "core/device.h"
+#include "core/device_stage.h"
 #include "core/engine.h"
 #include "core/file.h"
 #include "core/memory_limit.h"
@@ -57,9 +59,28 @@ class Buffer {
   Py_buffer view_;
 };
 
+// Null: an OSError with its errno.
+PyObject* ErrorFor(StatusCode code) {
+  switch (code) {
+    case StatusCode::kUnavailable:
+    case StatusCode::kDevice:
+      return PyExc_RuntimeError;
+    case StatusCode::kNoMemory:
+      return PyExc_MemoryError;
+    case StatusCode::kTimeout:
+      return PyExc_TimeoutError;
+    default:
+      return nullptr;
+  }
+}
+
 void RaiseUnlessOk(const Status& status) {
   if (status.ok()) return;
   if (status.code() == StatusCode::kInvalid) throw nb::value_error(status.message().c_str());
+  if (PyObject* error = ErrorFor(status.code()); error != nullptr) {
+    PyErr_SetString(error, status.message().c_str());
+    throw nb::python_error();
+  }
   // OSError picks its subclass by errno only when it is called with both arguments.
   nb::object error =
       nb::borrow(PyExc_OSError)(status.system_errno(), nb::str(status.message().c_str()));
@@ -346,6 +367,93 @@ nb::tuple PlaceChunksOf(uintptr_t address, int64_t start_bytes, int64_t stop_byt
   return RaiseOrReturn(status, outcome);
 }
 
+std::tuple<int, int, std::string> ProbeCuda() {
+  nb::gil_scoped_release unlocked;
+  const CudaDriver* driver = nullptr;
+  int num_devices = 0;
+  Status status = CudaDriver::Get(&driver);
+  if (status.ok())
+    status = driver->Check(driver->cuDeviceGetCount(&num_devices), "counting devices");
+  return {driver->version, num_devices, status.message()};
+}
+
+// Owns a stage; one whose device hangs, or that a fork copied, is leaked.
+class PyDeviceStage {
+ public:
+  PyDeviceStage(int ordinal, int64_t piece_bytes, int64_t num_in_flight) {
+    DeviceStageOptions options;
+    options.piece_bytes = piece_bytes;
+    options.num_in_flight = num_in_flight;
+    Status status;
+    {
+      nb::gil_scoped_release unlocked;
+      status = Device::Open(ordinal, &device_);
+      if (status.ok()) status = DeviceStage::Open(device_, options, &stage_);
+    }
+    RaiseUnlessOk(status);
+  }
+  ~PyDeviceStage() { Close(1000); }
+
+  bool Close(int64_t timeout_ms) {
+    if (stage_ == nullptr) return true;
+    nb::gil_scoped_release unlocked;
+    const bool is_closed = stage_->Close(timeout_ms);
+    DeviceStage* stage = stage_.release();
+    if (is_closed) {
+      delete stage;
+      device_.reset();
+    } else {
+      static_cast<void>(new std::shared_ptr<Device>(std::move(device_)));
+    }
+    return is_closed;
+  }
+
+  void Pin(uintptr_t address, int64_t size_bytes) {
+    Unlocked([&] { return device_->Pin(Memory<void>(address), size_bytes); });
+  }
+  void Unpin(uintptr_t address) {
+    Unlocked([&] { return device_->Unpin(Memory<void>(address)); });
+  }
+  void After(uint64_t stream) {
+    Unlocked([&] { return stage_->After(stream); });
+  }
+  void Add(nb::handle rows) {
+    const Buffer buffer(rows);
+    const std::span<const int64_t> fields = buffer.rows();
+    if (fields.size() % 3 != 0) {
+      throw nb::value_error(
+          "device_stage: rows are not triples [dst_address, src_address, nbytes].");
+    }
+    std::vector<DeviceBatch> batches(fields.size() / 3);
+    for (size_t i = 0; i < batches.size(); ++i) {
+      batches[i].copies.push_back({Memory<void>(static_cast<uintptr_t>(fields[3 * i])),
+                                   static_cast<uint64_t>(fields[3 * i + 1]), fields[3 * i + 2]});
+    }
+    Unlocked([&] { return stage_->Add(std::move(batches)); });
+  }
+  void Fence(uint64_t stream) {
+    Unlocked([&] { return stage_->Fence(stream); });
+  }
+  void Wait(int64_t timeout_ms) {
+    Unlocked([&] { return stage_->Wait(timeout_ms); });
+  }
+
+ private:
+  template <typename Call>
+  void Unlocked(Call call) {
+    if (stage_ == nullptr) throw nb::value_error("the device stage is closed.");
+    Status status;
+    {
+      nb::gil_scoped_release unlocked;
+      status = call();
+    }
+    RaiseUnlessOk(status);
+  }
+
+  std::shared_ptr<Device> device_;
+  std::unique_ptr<DeviceStage> stage_;
+};
+
 }  // namespace
 }  // namespace shardckpt
 
@@ -366,12 +474,6 @@ NB_MODULE(_native, m) {
   m.def("read_full", shardckpt::ReadFullAt, "fd"_a, "address"_a, "nbytes"_a, "offset"_a);
 
   m.def("memory_limit", [] { return shardckpt::MemoryLimitBytes(); });
-
-  m.def("cuda_problem", [] {
-    const shardckpt::CudaDriver* driver = nullptr;
-    nb::gil_scoped_release unlocked;
-    return shardckpt::CudaDriver::Get(&driver).message();
-  });
 
   using shardckpt::PyEngine;
   nb::class_<PyEngine>(m, "Engine")
@@ -395,4 +497,16 @@ NB_MODULE(_native, m) {
       .def("set_rate", &PyEngine::SetRate, "bytes_per_s"_a)
       .def("set_paused", &PyEngine::SetPaused, "is_paused"_a)
       .def("stats", &PyEngine::Stats);
+
+  m.def("cuda_probe", shardckpt::ProbeCuda);
+  using shardckpt::PyDeviceStage;
+  nb::class_<PyDeviceStage>(m, "DeviceStage")
+      .def(nb::init<int, int64_t, int64_t>(), "ordinal"_a, "piece_bytes"_a, "num_in_flight"_a)
+      .def("close", &PyDeviceStage::Close, "timeout_ms"_a)
+      .def("pin", &PyDeviceStage::Pin, "address"_a, "nbytes"_a)
+      .def("unpin", &PyDeviceStage::Unpin, "address"_a)
+      .def("after", &PyDeviceStage::After, "stream"_a)
+      .def("add", &PyDeviceStage::Add, "rows"_a)
+      .def("fence", &PyDeviceStage::Fence, "stream"_a)
+      .def("wait", &PyDeviceStage::Wait, "timeout_ms"_a);
 }

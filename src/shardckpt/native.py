@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from array import array
     from types import ModuleType
 
+    from shardckpt._native import DeviceStage as DeviceStage
     from shardckpt._native import Engine as Engine
 
 
@@ -169,12 +170,6 @@ def memory_limit() -> int:
     return value
 
 
-def cuda_problem() -> str:
-    """Return why no CUDA device can be staged from, "" where one can; loads the driver once."""
-    value: str = _impl.cuda_problem()
-    return value
-
-
 def staging_engine(num_copy_threads: int, num_flush_threads: int, cpus: list[int]) -> Engine:
     """Start a staging engine: copies arrays and writes them to files in threads of its own.
 
@@ -208,3 +203,44 @@ def staging_engine(num_copy_threads: int, num_flush_threads: int, cpus: list[int
     """
     engine: Engine = _impl.Engine(num_copy_threads, num_flush_threads, cpus)
     return engine
+
+
+def cuda_probe() -> tuple[int, int, str]:
+    """Look for the CUDA driver, without making a context.
+
+    Returns:
+        (version, as 12040 for CUDA 12.4; devices that this process sees; what is wrong, or "").
+    """
+    value: tuple[int, int, str] = _impl.cuda_probe()
+    return value
+
+
+def device_stage(ordinal: int, piece_bytes: int, num_in_flight: int) -> DeviceStage:
+    """Open a stage that copies from one CUDA device to host memory, in a thread of its own.
+
+    Calls, all without the GIL, streams as the framework numbers them:
+
+    - `pin(address, nbytes)` locks host memory (MemoryError: not allowed; unpinned memory works,
+      too, but slower), `unpin(address)` waits for copies and unlocks it.
+    - `after(stream)`: copies added from now on see what is queued on the stream now. ValueError
+      where the stream captures a graph.
+    - `add(rows)` queues copies; `rows` is an `array('q')` of [dst_address, src_address, nbytes].
+      The caller keeps both ends alive until `wait` returned.
+    - `fence(stream)` submits what is left and makes the stream wait for all copies; it returns at
+      once.
+    - `wait(timeout_ms)` waits for what was added; TimeoutError, or RuntimeError for the first error
+      of the device.
+    - `close(timeout_ms)` ends what was not submitted; False where the device hangs.
+
+    Args:
+        ordinal: The device, as CUDA numbers those that this process sees.
+        piece_bytes: Bytes that are submitted at once.
+        num_in_flight: Pieces at the device at a time; with 1 there is a gap between them, for the
+            copies of others.
+
+    Raises:
+        RuntimeError: No driver, or it fails.
+        ValueError: No such device.
+    """
+    stage: DeviceStage = _impl.DeviceStage(ordinal, piece_bytes, num_in_flight)
+    return stage

@@ -510,9 +510,24 @@ def memory_limit() -> int:
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
-def cuda_problem() -> str:
-    """Return why no CUDA device can be staged from: it takes the compiled path."""
-    return "the extension is not built"
+_NO_CUDA: Final = "CUDA arrays need the compiled extension, which this process does not use."
+
+
+def cuda_probe() -> tuple[int, int, str]:
+    """Return that there is no CUDA on this path."""
+    return 0, 0, _NO_CUDA
+
+
+class DeviceStage:
+    """What CUDA arrays would be copied by."""
+
+    def __init__(self, ordinal: int, piece_bytes: int, num_in_flight: int) -> None:
+        """Refuse.
+
+        Raises:
+            RuntimeError: Always.
+        """
+        raise RuntimeError(_NO_CUDA)
 
 
 def _address_of(image: bytearray) -> int:

@@ -142,7 +142,7 @@ class TorchBackend:
 
     def _stages_cuda(self) -> bool:
         if self._cuda_problem is None:
-            self._cuda_problem = native.cuda_problem()
+            _, _, self._cuda_problem = native.cuda_probe()
             if self._cuda_problem:
                 _logger.warning(
                     "CUDA tensors are copied to the host before save() returns, because the driver "
