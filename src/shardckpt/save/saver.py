@@ -175,6 +175,7 @@ class Saver:
         self._engine = start_engine(staging)
         self._pacer = Pacer(staging.max_inflation, staging.write_bytes_per_s)
         self._written = (time.monotonic(), 0)
+        self._told_of_pins = False
         self._count = 0
         self._structure = ""
         self._known: StateTree | None = None
@@ -384,6 +385,10 @@ class Saver:
                 self._engine, plan, tree.leaves, self._backend,
                 overlap=self._overlaps, check_copies=self._options.check_copies,
             )  # fmt: skip
+        if staged.devices and not self._told_of_pins:
+            self._told_of_pins = True
+            if problem := self._engine.pin_problem():
+                _logger.warning("staging memory is not pinned, so copies are slower: %s", problem)
         return _Job(
             round_, handle, structure, plan, self._plan_digest, self._known.leaves, staged,
             not is_new,
@@ -403,7 +408,7 @@ class Saver:
             self._in_flight.remove(handle)
             raise failure from error
         _logger.error(
-            "step %d: not saved; save() raises at its next call: %s", handle.step, failure
+            "step %d was not saved, which a later save() raises: %s", handle.step, failure
         )
 
     def _answer(self, round_: Round, step: int) -> Answer:
@@ -436,6 +441,8 @@ class Saver:
                 job.handle.committed.set_result(True)
                 self._sweep()
             else:
+                if self._is_coordinator:
+                    _logger.error("step %d was not saved: %s", job.handle.step, outcome.message)
                 job.handle.committed.set_exception(error_named(outcome.kind, outcome.message))
 
     def _run(self, job: _Job) -> Outcome:
