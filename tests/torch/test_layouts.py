@@ -67,9 +67,12 @@ def join(context: RankContext) -> None:
 def part(leaf: Leaf, number: int) -> torch.Tensor:
     """Return one shard's values, read back from host memory."""
     host = host_array(leaf.shards[number].data)  # type: ignore[arg-type]
-    assert host.shape == leaf.shards[number].box.shape
     found = host.owner
     assert isinstance(found, torch.Tensor)
+    # Contiguous memory is described as bytes, whatever the shape.
+    assert found.shape == leaf.shards[number].box.shape
+    assert found.data_ptr() == host.address
+    assert found.nbytes == math.prod(host.shape) * host.itemsize_bytes
     return found
 
 
