@@ -26,11 +26,13 @@ from torch.distributed.tensor import DTensor
 
 import shardckpt
 from shardckpt import native
+from shardckpt.staging.engine import SLOT_BYTES
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
     from shardckpt.testing.ranks import RankContext
+    from shardckpt.torch import Checkpointer
 
 GIB: Final = 1 << 30
 MIB: Final = 1 << 20
@@ -192,6 +194,11 @@ def resident_bytes() -> int:
     return 1024 * sum(int(value) for value in kib)
 
 
+def staging_bytes(checkpointer: Checkpointer) -> int:
+    """Return the host memory that a checkpointer holds for copies."""
+    return checkpointer._core._saver._engine.stats()[0] * SLOT_BYTES
+
+
 @contextmanager
 def scratch(parent: Path) -> Iterator[Path]:
     """Give a directory that is removed afterwards."""
@@ -210,7 +217,8 @@ def locals_of(state: Any) -> list[torch.Tensor]:
 
 
 def join_gloo(told: RankContext) -> None:
-    """Join the process group of a run's ranks."""
+    """Join the process group of a run's ranks, told what torchrun would tell them."""
+    os.environ["LOCAL_WORLD_SIZE"] = str(told.world_size)
     torch.distributed.init_process_group(
         "gloo",
         init_method=f"tcp://127.0.0.1:{told.port}",

@@ -30,6 +30,7 @@ from harness import (
     say,
     scratch,
     spread,
+    staging_bytes,
     together,
 )
 from torch import distributed, nn
@@ -137,12 +138,12 @@ def measure(told: RankContext, place: Path, nbytes: int, rounds: int) -> dict[st
                 trainee.check(f"{name} {kind}")
         if told.rank == 0:
             say(f"round {round_}: " + ", ".join(f"{k} {v[-1]:.3f}" for k, v in seconds.items()))
-    staging_bytes = checkpointer._core._saver.staging_bytes
+    arena_bytes = staging_bytes(checkpointer)
     checkpointer.close()
     distributed.destroy_process_group()
     return {
         "seconds": {name: values[1:] for name, values in seconds.items()},
-        "staging_bytes": staging_bytes,
+        "staging_bytes": arena_bytes,
         "rank_bytes": trainee.rank_bytes,
     }
 
@@ -200,7 +201,7 @@ def main() -> int:
     report.add(
         "staging_bytes_per_shard_byte",
         max(r["staging_bytes"] / r["rank_bytes"] for r in results),
-        at_most=1.01,
+        at_most=1.02,
     )
     return report.finish(told)
 
