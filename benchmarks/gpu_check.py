@@ -52,7 +52,7 @@ def main() -> int:
     report.add("failures_on_the_fake_driver", failures(programs / "core_tests"), at_most=0)
     report.add("seeded_mistakes_unnoticed", failures(programs / "core_mistakes"), at_most=0)
     if num_devices == 0 or not torch.cuda.is_available():
-        say(f"no CUDA device to measure: {problem or 'this torch is built without CUDA'}")
+        say("no CUDA device to measure: " + (problem or "the driver or torch sees none"))
         return report.finish(told)
     report.facts["gpu"] = torch.cuda.get_device_name(0)
     real = failures(programs / "core_tests", SHARDCKPT_TEST_CUDA="real")
