@@ -602,7 +602,7 @@ Status Engine::ChunkCrcsOf(int64_t id, int64_t file, uint32_t seed, std::vector<
     for (int64_t at = 0; at < payload->size_bytes; at += kChunkBytes) {
       const int64_t chunk = payload->first_chunk + at / kChunkBytes;
       const uint32_t crc = crcs[static_cast<size_t>(chunk - first_chunk)];
-      if (!ticket->expected_crcs.empty() && payload->is_lazy() &&
+      if (!ticket->expected_crcs.empty() && payload->is_lazy() && payload->device < 0 &&
           ticket->expected_crcs[static_cast<size_t>(chunk)] != crc) {
         lock.lock();
         Fail(ticket.get(), {FailureKind::kTorn, payload - table.payloads.begin(), -1, 0, ""});
