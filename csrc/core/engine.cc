@@ -152,9 +152,9 @@ Status Engine::PrepareDevices(const SaveTable& table, std::span<const DeviceStre
       return Status::Invalid("no stream of CUDA device " + std::to_string(device) +
                              " was given, but it holds arrays; this is an error of the caller.");
     }
+    std::unique_lock<std::mutex> opening(devices_mutex_);
     DeviceStage* stage = StageOf(device);
     if (stage == nullptr) {
-      const std::lock_guard<std::mutex> opening(devices_mutex_);
       std::shared_ptr<Device> opened;
       if (Status s = Device::Open(static_cast<int>(device), &opened); !s.ok()) return s;
       std::unique_ptr<DeviceStage> made;
@@ -164,6 +164,7 @@ Status Engine::PrepareDevices(const SaveTable& table, std::span<const DeviceStre
       const Lock lock(mutex_);
       stages_[device] = std::move(made);
     }
+    opening.unlock();
     if (Status s = stage->After(static_cast<uint64_t>(stream->stream)); !s.ok()) return s;
   }
   if (!devices.empty()) PinArena();
