@@ -13,14 +13,18 @@ Layer: save. Order of one save, on every rank:
 
 from __future__ import annotations
 
+import atexit
 import logging
+import os
 import threading
 import time
+import weakref
 from array import array
 from collections import deque
 from concurrent.futures import Future
 from concurrent.futures import wait as wait_futures
 from dataclasses import dataclass
+from functools import partial
 from queue import SimpleQueue
 from typing import TYPE_CHECKING, Any, Final, Literal
 
@@ -70,6 +74,7 @@ _SWEEP_S: Final = 30.0
 _MAX_IN_FLIGHT: Final = 2
 _SLICE_MS: Final = 100
 _CLOSE_MS: Final = 1000
+_EXIT_S: Final = 60.0
 EAGER: Final = 0
 OnBusy = Literal["wait", "skip"]
 
@@ -189,8 +194,11 @@ class Saver:
         self._doomed: list[str] = []
         self.ancestry: list[str] = []
         self._jobs: SimpleQueue[_Job | None] = SimpleQueue()
+        self._pid = os.getpid()
         self._thread = threading.Thread(target=self._serve, name="shardckpt-saver", daemon=True)
         self._thread.start()
+        self._at_exit = partial(_finish_at_exit, weakref.ref(self))
+        atexit.register(self._at_exit)
 
     @property
     def _is_coordinator(self) -> bool:
@@ -206,8 +214,13 @@ class Saver:
 
         Raises:
             ShardckptError: An earlier save failed (raised at the same call on every rank), or with
-                a single rank this one did.
+                a single rank this one did; or this is a forked child.
         """
+        if os.getpid() != self._pid:
+            raise SaveFailedError(
+                f"step {step}: process {os.getpid()} is a fork of {self._pid}, to which this "
+                "checkpointer and its threads belong. Save there, or open a checkpointer here."
+            )
         if self._fenced is not None:
             raise FencedError(self._fenced)
         self._pacer.skip_step()
@@ -218,16 +231,16 @@ class Saver:
             f"step {step} (save {self._count})",
             self._timeout_s,
         )
+        # Before anything can raise: the next call's messages must not be taken for this one's.
+        self._count += 1
         handle = SaveHandle(step, self._timeout_s)
         if self._on_busy == "skip" and self._skips(round_):
-            self._count += 1
             handle.staged.set_result(None)
             handle.committed.set_result(False)
             _logger.log(self._level, "step %d: skipped, earlier saves are still under way", step)
             return handle
         while len(self._in_flight) >= _MAX_IN_FLIGHT:
             self._finish_first()
-        self._count += 1
         handle.wait_s = time.monotonic() - started
         self._in_flight.append(handle)
         try:
@@ -255,6 +268,8 @@ class Saver:
 
         After the deadline the save is given up instead: its failure is raised where saves raise.
         """
+        if os.getpid() != self._pid:
+            return  # A forked child: its arrays are its own.
         for job in self._staging:
             started = time.monotonic()
             self._wait_copied(job, group)
@@ -288,6 +303,10 @@ class Saver:
         Raises:
             ShardckptError: A save failed.
         """
+        atexit.unregister(self._at_exit)
+        if os.getpid() != self._pid:
+            return  # A forked child: nothing here is its own to end.
+        self._engine.set_rate(self._options.write_bytes_per_s or 0)  # There are no more steps.
         try:
             while self._in_flight:
                 self._in_flight.popleft().wait(timeout_s)
@@ -298,6 +317,25 @@ class Saver:
             self._thread.join(min(_SWEEP_S, self._timeout_s))
             if not self._thread.is_alive():
                 self._engine.close(_CLOSE_MS)
+
+    def finish_at_exit(self) -> None:
+        """Give the saves under way a last chance before the process ends; never raises."""
+        if os.getpid() != self._pid:
+            return
+        self._engine.set_rate(self._options.write_bytes_per_s or 0)
+        limit_s = min(self._timeout_s, _EXIT_S)
+        futures = [handle.committed for handle in self._in_flight]
+        wait_futures(futures, limit_s)
+        for handle in self._in_flight:
+            if not handle.committed.done():
+                failure: object = f"it was still under way after {limit_s:g} s"
+            else:
+                failure = handle.committed.exception()
+            if failure is not None:
+                _logger.error(
+                    "step %d: not saved, and the process ends without close(): %s",
+                    handle.step, failure,
+                )  # fmt: skip
 
     def _finish_first(self) -> None:
         first = self._in_flight[0]
@@ -311,7 +349,8 @@ class Saver:
         deadline = time.monotonic() + self._timeout_s
         # Devices do not keep the host waiting: what comes next on these streams waits for them.
         streams = array("q", self._backend.streams(job.staged.devices))
-        # In slices, so that a signal's handler runs.
+        # In slices, so that a signal's handler runs. A save that is given up is waited for, too: a
+        # copy of these arrays may still run.
         while not self._engine.wait_staged(job.staged.ticket, group, _SLICE_MS, streams):
             if time.monotonic() > deadline:
                 self._engine.cancel(
@@ -319,7 +358,6 @@ class Saver:
                     f"its arrays were not copied within {self._timeout_s:g} s, because its memory "
                     "was not written to disk; training goes on without it",
                 )
-                return
 
     def _settle_staged(self) -> None:
         """Let go of the arrays of saves that are copied."""
@@ -360,11 +398,11 @@ class Saver:
     ) -> _Job:
         with no_garbage_collection():
             tree = self._backend.describe(state)
+            plan = self._rank_plan
             data, structure = b"", self._structure
-            if self._known is None or not has_structure_of(tree, self._known):
+            if self._known is None or plan is None or not has_structure_of(tree, self._known):
                 data, structure = encode_structure(structure_of(tree))
         answer: Answer | None = None
-        plan = self._rank_plan
         is_new = structure != self._structure or plan is None
         if is_new:
             # Planning shares the planner with the saves under way.
@@ -373,11 +411,11 @@ class Saver:
             round_.publish(f"hello/{round_.rank}", Hello(step=step, structure=structure))
             answer = self._answer(round_, step)
             plan = rank_plan(self._planner.fetch_plan(answer.plan), tree.leaves, round_.rank)
-            self._rank_plan = plan
-            self._structure, self._plan_digest = structure, answer.plan
+            # Before anything is kept: where there is no memory now, the next save asks again.
+            make_room(self._engine, self._options, plan.file_bytes)
+            self._rank_plan, self._plan_digest, self._structure = plan, answer.plan, structure
             # Specs and boxes for the tables, not the caller's memory.
             self._known = without_data(tree)
-            make_room(self._engine, self._options, plan.file_bytes)
         assert plan is not None
         assert self._known is not None
         with no_garbage_collection():
@@ -401,6 +439,10 @@ class Saver:
         """Fail a save that was never staged: tell the others, raise if there are none."""
         if not isinstance(error, RoundFailedError):
             round_.fail(error)
+        if self._is_coordinator:
+            # Ranks that staged wait for an outcome, not for an error.
+            kind, message = _kind_and_message(error)
+            round_.publish("outcome", Outcome(committed=False, kind=kind, message=message))
         failure = _as_shardckpt(error)
         handle.staged.set_exception(failure)
         handle.committed.set_exception(failure)
@@ -581,6 +623,12 @@ class Saver:
     @property
     def _level(self) -> int:
         return logging.INFO if self._is_coordinator else logging.DEBUG
+
+
+def _finish_at_exit(saver: weakref.ref[Saver]) -> None:
+    alive = saver()
+    if alive is not None:
+        alive.finish_at_exit()
 
 
 def _resolve(future: Future[None]) -> None:

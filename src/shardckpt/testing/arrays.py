@@ -37,6 +37,19 @@ class Sharded:
     parts: tuple[tuple[Box, np.ndarray[Any, Any]], ...]
 
 
+@dataclass(frozen=True, slots=True)
+class Fenced:
+    """An array that may be copied late: whoever changes it calls `fence(group)` first.
+
+    Attributes:
+        value: The array.
+        group: From 1.
+    """
+
+    value: np.ndarray[Any, Any] | Sharded
+    group: int = 1
+
+
 def shard_of(array: np.ndarray[Any, Any], layout: MeshLayout, rank: int) -> Sharded:
     """Return the part of a known global array that `rank` holds under `layout`, as a copy."""
     coordinate = layout.coordinate(rank)
@@ -49,7 +62,7 @@ def shard_of(array: np.ndarray[Any, Any], layout: MeshLayout, rank: int) -> Shar
 
 @final
 class ArrayBackend:
-    """State is a mapping of names to numpy arrays, `Sharded`, `PerRank` or plain values."""
+    """State maps names to numpy arrays, `Sharded`, `Fenced`, `PerRank` or plain values."""
 
     name = "numpy"
 
@@ -59,7 +72,9 @@ class ArrayBackend:
         objects: dict[str, object] = {}
         per_rank: dict[str, PerRankValue] = {}
         for key, value in sorted(state.items()):
-            if isinstance(value, (np.ndarray, Sharded)):
+            if isinstance(value, Fenced):
+                leaves.append(_leaf(key, value.value, value.group))
+            elif isinstance(value, (np.ndarray, Sharded)):
                 leaves.append(_leaf(key, value))
             elif isinstance(value, PerRank):
                 per_rank[key] = PerRankValue(encode(value.value, key), value.rule)
@@ -109,13 +124,13 @@ class ArrayBackend:
             state[key] = PerRank(decode(saved.per_rank[key]), state[key].rule)
 
 
-def _leaf(key: str, value: np.ndarray[Any, Any] | Sharded) -> Leaf:
+def _leaf(key: str, value: np.ndarray[Any, Any] | Sharded, fence: int = 0) -> Leaf:
     if isinstance(value, Sharded):
         if not value.parts:
             raise UnsupportedStateError(f"{key}: a rank without a part must leave the key out")
         spec = ArraySpec(value.global_shape, value.parts[0][1].dtype.name)
         shards = tuple(Shard(box, part) for box, part in value.parts if box.num_elements)
-        return Leaf(key, spec, "param", value.layout, shards)
+        return Leaf(key, spec, "param", value.layout, shards, fence)
     box = whole(value.shape)
     shards = (Shard(box, value),) if box.num_elements else ()
-    return Leaf(key, ArraySpec(value.shape, value.dtype.name), "param", None, shards)
+    return Leaf(key, ArraySpec(value.shape, value.dtype.name), "param", None, shards, fence)
