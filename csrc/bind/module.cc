@@ -5,6 +5,7 @@
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/tuple.h>
 #include <nanobind/stl/vector.h>
+#include <unistd.h>
 
 #include <cstdint>
 #include <memory>
@@ -31,6 +32,32 @@ namespace nb = nanobind;
 
 namespace shardckpt {
 namespace {
+
+bool IsFinalizing() {
+#if PY_VERSION_HEX >= 0x030d0000
+  return Py_IsFinalizing() != 0;
+#else
+  return _Py_IsFinalizing() != 0;
+#endif
+}
+
+// Drops the GIL for a block. A thread that comes back while the interpreter ends stays here: until
+// 3.14 Python would end it by unwinding its stack, which in C++ aborts the whole process.
+class GilReleased {
+ public:
+  GilReleased() : was_finalizing_(IsFinalizing()), state_(PyEval_SaveThread()) {}
+  ~GilReleased() {
+    // Only the thread that ends the interpreter can have had the GIL then; it goes on.
+    while (!was_finalizing_ && IsFinalizing()) pause();
+    PyEval_RestoreThread(state_);
+  }
+  GilReleased(const GilReleased&) = delete;
+  GilReleased& operator=(const GilReleased&) = delete;
+
+ private:
+  const bool was_finalizing_;
+  PyThreadState* const state_;
+};
 
 // Holds a contiguous buffer of a Python object; needs the GIL to be made and to go.
 class Buffer {
@@ -90,7 +117,7 @@ void RaiseUnlessOk(const Status& status) {
 
 uint32_t Crc32cOfBuffer(nb::handle data, uint32_t initial) {
   const Buffer buffer(data);
-  nb::gil_scoped_release unlocked;
+  const GilReleased unlocked;
   return Crc32c(initial, buffer.data(), buffer.size_bytes());
 }
 
@@ -103,7 +130,7 @@ uint32_t Crc32cAt(uintptr_t address, size_t size_bytes, uint32_t initial) {
   if (address == 0 && size_bytes > 0) {
     throw nb::value_error("crc32c_at: a null address with bytes; pass memory that exists.");
   }
-  nb::gil_scoped_release unlocked;
+  const GilReleased unlocked;
   return Crc32c(initial, Memory<const void>(address), size_bytes);
 }
 
@@ -123,7 +150,7 @@ nb::bytes ChunkCrcsOfRows(nb::handle rows, uint32_t seed, int64_t chunk_bytes) {
   if (!out.is_valid()) throw nb::python_error();
   auto* bytes = reinterpret_cast<uint8_t*>(PyBytes_AS_STRING(out.ptr()));
   {
-    nb::gil_scoped_release unlocked;
+    const GilReleased unlocked;
     ChunkCrcs(table, seed, chunk_bytes, bytes);
   }
   return nb::borrow<nb::bytes>(out);
@@ -134,7 +161,7 @@ void CopyTable(nb::handle rows, int64_t num_threads) {
   const std::span<const int64_t> table = buffer.rows();
   Status status;
   {
-    nb::gil_scoped_release unlocked;
+    const GilReleased unlocked;
     status = CopyRows(table, num_threads);
   }
   RaiseUnlessOk(status);
@@ -143,7 +170,7 @@ void CopyTable(nb::handle rows, int64_t num_threads) {
 void WriteFullAt(int fd, uintptr_t address, size_t size_bytes, int64_t offset_bytes) {
   Status status;
   {
-    nb::gil_scoped_release unlocked;
+    const GilReleased unlocked;
     status = WriteFull(SystemFileOps(), fd, Memory<const void>(address), size_bytes, offset_bytes);
   }
   RaiseUnlessOk(status);
@@ -153,7 +180,7 @@ size_t ReadFullAt(int fd, uintptr_t address, size_t size_bytes, int64_t offset_b
   Status status;
   size_t num_read_bytes = 0;
   {
-    nb::gil_scoped_release unlocked;
+    const GilReleased unlocked;
     status = ReadFull(SystemFileOps(), fd, Memory<void>(address), size_bytes, offset_bytes,
                       &num_read_bytes);
   }
@@ -189,7 +216,7 @@ class PyEngine {
 
   bool Close(int64_t timeout_ms) {
     if (engine_ == nullptr) return true;
-    nb::gil_scoped_release unlocked;
+    const GilReleased unlocked;
     const bool is_closed = engine_->Close(timeout_ms);
     Engine* engine = engine_.release();
     if (is_closed) delete engine;
@@ -297,7 +324,7 @@ class PyEngine {
   template <typename Call>
   std::invoke_result_t<Call, Engine&> Unlocked(Call call) {
     Engine& engine = Checked();
-    nb::gil_scoped_release unlocked;
+    const GilReleased unlocked;
     return call(engine);
   }
 
@@ -348,7 +375,7 @@ nb::tuple ReadChunksOf(int fd, int direct_fd, uintptr_t calls, int64_t start_byt
   ChunkOutcome outcome{};
   Status status;
   {
-    nb::gil_scoped_release unlocked;
+    const GilReleased unlocked;
     status = ReadChunks({ops, fd, direct_fd}, chunks.range(), &outcome);
   }
   return RaiseOrReturn(status, outcome);
@@ -361,14 +388,14 @@ nb::tuple PlaceChunksOf(uintptr_t address, int64_t start_bytes, int64_t stop_byt
   ChunkOutcome outcome{};
   Status status;
   {
-    nb::gil_scoped_release unlocked;
+    const GilReleased unlocked;
     status = PlaceChunks(Memory<const uint8_t>(address), chunks.range(), &outcome);
   }
   return RaiseOrReturn(status, outcome);
 }
 
 std::tuple<int, int, std::string> ProbeCuda() {
-  nb::gil_scoped_release unlocked;
+  const GilReleased unlocked;
   const CudaDriver* driver = nullptr;
   int num_devices = 0;
   Status status = CudaDriver::Get(&driver);
@@ -386,7 +413,7 @@ class PyDeviceStage {
     options.num_in_flight = num_in_flight;
     Status status;
     {
-      nb::gil_scoped_release unlocked;
+      const GilReleased unlocked;
       status = Device::Open(ordinal, &device_);
       if (status.ok()) status = DeviceStage::Open(device_, options, &stage_);
     }
@@ -396,7 +423,7 @@ class PyDeviceStage {
 
   bool Close(int64_t timeout_ms) {
     if (stage_ == nullptr) return true;
-    nb::gil_scoped_release unlocked;
+    const GilReleased unlocked;
     const bool is_closed = stage_->Close(timeout_ms);
     DeviceStage* stage = stage_.release();
     if (is_closed) {
@@ -444,7 +471,7 @@ class PyDeviceStage {
     if (stage_ == nullptr) throw nb::value_error("the device stage is closed.");
     Status status;
     {
-      nb::gil_scoped_release unlocked;
+      const GilReleased unlocked;
       status = call();
     }
     RaiseUnlessOk(status);

@@ -481,11 +481,13 @@ class Saver:
             if outcome.committed:
                 _logger.log(self._level, "step %d: committed in %.2f s", job.handle.step, seconds)
                 job.handle.committed.set_result(True)
-                self._sweep()
             else:
                 if self._is_coordinator:
                     _logger.error("step %d was not saved: %s", job.handle.step, outcome.message)
                 job.handle.committed.set_exception(error_named(outcome.kind, outcome.message))
+            # After a failure, too: what it left may be what keeps the disk full.
+            if self._fenced is None:
+                self._sweep()
 
     def _run(self, job: _Job) -> Outcome:
         """Bring one save to its outcome; never raises."""
