@@ -53,7 +53,6 @@ Problems Overlap(uint64_t seed) {
   const uint64_t compute = seed % 3 == 0 ? 0 : world.NewStream(seed % 3 == 1);
   auto device = world.Open();
   auto stage = world.OpenStage(device, SmallPieces());
-  world.Hold(compute);
   const std::vector<int64_t> sizes{1, 100, 0, 4096, 70'000, 262'157, 65'536};
   constexpr int64_t kRows = 700;
   constexpr int64_t kRowBytes = 100;
@@ -70,6 +69,10 @@ Problems Overlap(uint64_t seed) {
                                  {memory + kRows * kRowBytes, matrix, kPieceBytes + 1},
                                  {memory + (1 << 19), matrix, 64, 4, 64}}));
   const int num_batches = static_cast<int>(batches.size());
+  // What a copy that does not wait would see is another step's.
+  world.Step(compute);
+  world.Hold(compute);
+  world.Refill(compute);
   world.ExpectOk(stage->After(compute), "after");
   world.ExpectOk(stage->Add(std::move(batches)), "add");
   world.Release(compute);

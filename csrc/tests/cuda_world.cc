@@ -153,9 +153,18 @@ uint64_t World::NewArray(int64_t size_bytes, uint64_t stream, int device) {
   if (size_bytes == 0) return array;
   uint8_t* initial = NewHostMemory(size_bytes, true);
   for (int64_t i = 0; i < size_bytes; ++i) initial[i] = PatternAt(array, i);
+  initial_[array] = initial;
   Check(cuda_->cuMemcpyHtoDAsync(array, initial, static_cast<size_t>(size_bytes), Handle(stream)),
         "copy");
   return array;
+}
+
+void World::Refill(uint64_t stream) {
+  for (const auto& [array, initial] : initial_) {
+    Check(cuda_->cuMemcpyHtoDAsync(array, initial, static_cast<size_t>(arrays_[array]),
+                                   Handle(stream)),
+          "copy");
+  }
 }
 
 void World::Step(uint64_t stream) {

@@ -40,6 +40,8 @@ class World {
   uint64_t NewStream(bool is_blocking, int device = 0);
   // Device memory that `stream` fills with a pattern of its own.
   uint64_t NewArray(int64_t size_bytes, uint64_t stream, int device = 0);
+  // Fills all arrays again. Nothing is allocated, so the stream may be held.
+  void Refill(uint64_t stream);
   // What the optimizer does: overwrites all arrays.
   void Step(uint64_t stream);
   void Step(uint64_t array, uint64_t stream);
@@ -89,6 +91,7 @@ class World {
   std::vector<std::pair<uint64_t, int>> streams_;  // With their devices.
   std::map<uint64_t, int64_t> arrays_;             // Address to bytes.
   std::map<uint64_t, int> array_devices_;
+  std::map<uint64_t, uint8_t*> initial_;
   std::vector<uint8_t*> registered_;
   std::deque<std::unique_ptr<uint8_t[], FreeHostMemory>> host_memory_;
   std::map<uint64_t, std::unique_ptr<Gate>> gates_;

@@ -106,8 +106,10 @@ inline Save RandomSave(const std::vector<uint8_t>& memory, int64_t max_payload_b
     }
     Row row{memory.data(), 0, file, end + below(3) * below(5000), below(num_groups + 1)};
     const auto most = std::min(max_payload_bytes, static_cast<int64_t>(memory.size()) / 4);
-    // As many small ones as large ones.
-    const int64_t size = 1 + below(int64_t{1} << below(std::bit_width(uint64_t(most)) + 1)) % most;
+    // Small ones of every magnitude, and large ones that several extents hold.
+    const int64_t end_of_size =
+        below(2) == 0 ? most : int64_t{1} << below(std::bit_width(static_cast<uint64_t>(most)));
+    const int64_t size = 1 + below(end_of_size);
     if (below(4) != 0) {
       row.size_bytes = size;
       row.src += below(static_cast<int64_t>(memory.size()) - size);

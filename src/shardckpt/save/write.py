@@ -39,8 +39,6 @@ if TYPE_CHECKING:
 _SLICE_MS: Final = 100
 _TAKE_MS: Final = 10
 _LAST_WAIT_MS: Final = 1000
-# Descriptors that a hanging write may still use are never closed.
-_hung: list[ExitStack] = []
 
 
 class FileReport(msgspec.Struct, frozen=True):
@@ -147,8 +145,9 @@ def _write_extents(
         if is_late:
             engine.cancel(ticket, "the disk hangs")
             if not all(engine.wait_flushed(ticket, f, _LAST_WAIT_MS) for f in range(len(writers))):
-                # A thread sits in a write and may use the descriptors for ever.
-                _hung.append(held.pop_all())
+                # A thread sits in a write and may use the descriptors for ever, so they are never
+                # closed; a list would let go of them when the interpreter ends.
+                ctypes.pythonapi.Py_IncRef(ctypes.py_object(held.pop_all()))
     if is_late:
         raise DeadlineError(
             f"this rank wrote nothing for more than {timeout_s:g} s: the file system hangs, or "
