@@ -37,6 +37,7 @@ from shardckpt.load.loader import (
     load_state,
 )
 from shardckpt.load.open import OpenCheckpoint
+from shardckpt.load.shared import Together
 from shardckpt.provenance import writer_name
 from shardckpt.retention import to_drop
 from shardckpt.save.commit import Described
@@ -50,6 +51,7 @@ if TYPE_CHECKING:
     from shardckpt.backend import Backend
     from shardckpt.coord.base import Coord
     from shardckpt.format.root import Entry
+    from shardckpt.load.shared import Exchange
     from shardckpt.options import Every, Retention, Staging
     from shardckpt.storage.base import Storage
 
@@ -110,6 +112,7 @@ class CheckpointerCore:
         staging: Staging,
         environment: Mapping[str, str],
         namespace: str,
+        exchange: Exchange | None = None,
     ) -> None:
         """Take the store's epoch; all ranks. A job that was writing here is fenced from now on.
 
@@ -125,6 +128,7 @@ class CheckpointerCore:
             staging: How saves are copied and written.
             environment: Versions and the like, saved beside the state.
             namespace: Prefix of this job's keys, equal on all ranks, never used before.
+            exchange: How ranks of different hosts exchange what one of them read.
 
         Raises:
             StorageError: The store cannot be made or written.
@@ -135,6 +139,7 @@ class CheckpointerCore:
         self._backend = backend
         self._coord = coord
         self._timeout_s = timeout_s
+        self._exchange = exchange
         self._environment = dict(environment)
         self._config = encode(config, "config")
         self._poison: str | None = None
@@ -349,8 +354,9 @@ class CheckpointerCore:
         started = time.monotonic()
         try:
             checkpoint, stats = _read(
-                self._backend, self._storage, state, chosen, lease, round_, options
-            )
+                self._backend, self._storage, state, chosen, lease, round_, options,
+                Together(self._exchange),
+            )  # fmt: skip
         except PoisonError as failed:
             self._poison = str(failed.error)
             raise failed.error from None
@@ -427,6 +433,7 @@ def load_once(
     timeout_s: float,
     namespace: str,
     environment: Mapping[str, str],
+    together: Together | None = None,
 ) -> Restored:
     """Load without becoming a writer: fences nobody, takes no epoch. All ranks.
 
@@ -442,7 +449,9 @@ def load_once(
     if chosen.is_empty:
         raise StepNotFoundError(f"{storage.url}: nothing is committed yet")
     try:
-        checkpoint, stats = _read(backend, storage, state, chosen, lease, round_, options)
+        checkpoint, stats = _read(
+            backend, storage, state, chosen, lease, round_, options, together or Together()
+        )
     except PoisonError as failed:
         raise failed.error from None
     entry = catalog.newest().entry(chosen.attempt)
@@ -457,6 +466,7 @@ def _read(
     lease: Lease | None,
     round_: Round,
     options: LoadOptions,
+    together: Together,
 ) -> tuple[OpenCheckpoint, LoadStats]:
     """Open what was chosen and fill the state under its lease; the files are closed on return."""
     with Renewing(lease):
@@ -466,6 +476,6 @@ def _read(
             round_.fail(error)
             raise
         try:
-            return checkpoint, load_state(backend, state, checkpoint, round_, options)
+            return checkpoint, load_state(backend, state, checkpoint, round_, options, together)
         finally:
             checkpoint.close()

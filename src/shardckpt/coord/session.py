@@ -49,7 +49,7 @@ class Round:
         self._coord = coord
         self._prefix = prefix
         self.what = what
-        self._timeout_s = timeout_s
+        self.timeout_s = timeout_s
         self._topics: set[str] = set()
 
     @property
@@ -73,6 +73,10 @@ class Round:
         self.publish("error", failure)
         return failure
 
+    def has_failed(self) -> bool:
+        """Return whether some rank has published an error, without waiting."""
+        return self._get("error") is not None
+
     def wait(
         self, topic: str, kind: type[M], *, what: str, grace: float = 1.0, heed_errors: bool = True
     ) -> M:
@@ -95,7 +99,7 @@ class Round:
                 self._coord,
                 self._key(topic),
                 what=f"{what}, {self.what}",
-                timeout_s=self._timeout_s * grace,
+                timeout_s=self.timeout_s * grace,
                 abort_key=self._key("error") if heed_errors else None,
             )
         except AbortedWaitError as aborted:
@@ -117,7 +121,7 @@ class Round:
             RoundFailedError: A rank failed first.
         """
         messages: list[M] = []
-        deadline = time.monotonic() + self._timeout_s
+        deadline = time.monotonic() + self.timeout_s
         for rank in range(self.world_size):
             key = self._key(f"{topic}/{rank}")
             try:
@@ -137,7 +141,7 @@ class Round:
                 raise DeadlineError(
                     f"{self.what}: no {what} from rank {_listed(absent)} of {self.world_size} "
                     "within "
-                    f"{self._timeout_s:g} s. {hint}"
+                    f"{self.timeout_s:g} s. {hint}"
                 ) from None
             self._topics.add(f"{topic}/{rank}")
             messages.append(msgspec.json.decode(data, type=kind))

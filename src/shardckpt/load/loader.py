@@ -4,7 +4,8 @@ Layer: load. Order of one load, on every rank:
 
 1. open the announced checkpoint, build targets, list every problem; plan the reads (coverage is
    proved);
-2. all ranks agree that nobody found a problem: until here nothing has changed;
+2. all ranks agree that nobody found a problem, and learn what several of them want: that is read
+   once and exchanged (`load.shared`); until here nothing has changed;
 3. read, verify, place; all ranks agree again; then objects are handed over.
 
 A failure in 3 leaves the state poisoned, unless `transactional` kept the bytes aside until all had
@@ -14,8 +15,9 @@ succeeded.
 from __future__ import annotations
 
 import logging
+from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import msgspec
 
@@ -26,15 +28,25 @@ from shardckpt.geometry.layout import BoxLayout, Layout
 from shardckpt.load.cast import Temporary, allocate
 from shardckpt.load.check import is_wanted, mismatches, raise_mismatch, target_names
 from shardckpt.load.plan import LoadPlan, Wanted, plan_load
-from shardckpt.load.read import run_load
+from shardckpt.load.shared import (
+    AllLinked,
+    Meeting,
+    PeersFailedError,
+    Together,
+    Visitors,
+    all_linked,
+    gathered,
+)
 from shardckpt.staging.collector import no_garbage_collection
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Callable, Iterator, Mapping, Sequence
 
     from shardckpt.load.open import OpenCheckpoint
     from shardckpt.state import HostArray, Shard
 
+M = TypeVar("M", bound=msgspec.Struct)
+R = TypeVar("R", bound=msgspec.Struct)
 _logger = logging.getLogger("shardckpt")
 
 
@@ -62,12 +74,25 @@ class Ok(msgspec.Struct, frozen=True):
     """A rank, or all of them, came through a phase."""
 
 
+class HaveRead(msgspec.Struct, frozen=True):
+    """A rank, or all of them together, filled the targets with so many bytes of storage."""
+
+    read_bytes: int
+
+
 @dataclass(slots=True)
 class LoadStats:
-    """What a load cost this rank."""
+    """What a load cost.
+
+    Attributes:
+        read_bytes: Bytes this rank read from storage.
+        needed_bytes: Bytes this rank needed.
+        job_read_bytes: Bytes all ranks read from storage.
+    """
 
     read_bytes: int = 0
     needed_bytes: int = 0
+    job_read_bytes: int = 0
 
 
 class PoisonError(Exception):
@@ -80,7 +105,12 @@ class PoisonError(Exception):
 
 
 def load_state(
-    backend: Backend, state: Any, checkpoint: OpenCheckpoint, round_: Round, options: LoadOptions
+    backend: Backend,
+    state: Any,
+    checkpoint: OpenCheckpoint,
+    round_: Round,
+    options: LoadOptions,
+    together: Together,
 ) -> LoadStats:
     """Fill `state` from an open checkpoint, on all ranks or none.
 
@@ -102,28 +132,71 @@ def load_state(
                 ),
             )  # fmt: skip
             filling = _Filling(backend, targets, saved, checkpoint, options)
+            meeting = Meeting(filling.plan, round_.rank, together)
     except Exception as error:
-        _agree(round_, "checked", error)
+        round_.fail(error)
         raise
-    _agree(round_, "checked", None)
-    for key in saved.per_rank_dropped:
-        if key in targets.per_rank_keys:
-            _logger.warning("%s: saved by another world size; the target's own value is kept", key)
+    try:
+        _meet(meeting, round_)
+        for key in saved.per_rank_dropped:
+            if key in targets.per_rank_keys:
+                _logger.warning(
+                    "%s: saved by another world size; the target's own value is kept", key
+                )
+        with _poisoning(poisons=not options.transactional):
+            stats = _read(meeting, filling.plan, round_)
+    finally:
+        meeting.close()
+    with _poisoning(poisons=True):
+        try:
+            filling.place()
+            backend.finish(targets, saved)
+        except Exception as error:
+            round_.fail(error)
+            raise
+        _agree(round_, "placed", Ok(), _all_ok, Ok)
+    return stats
+
+
+def _meet(meeting: Meeting, round_: Round) -> None:
+    """Agree that nobody found a problem, and on what one rank reads for several.
+
+    Raises:
+        ShardckptError: Another rank found one.
+    """
+    if round_.world_size == 1:
+        return
+    if meeting.meet(_agree(round_, "checked", meeting.visitor(), gathered, Visitors)):
+        meeting.settle(_agree(round_, "linked", meeting.link(), all_linked, AllLinked))
+
+
+def _read(meeting: Meeting, plan: LoadPlan, round_: Round) -> LoadStats:
+    """Fill the targets of all ranks.
+
+    Raises:
+        ShardckptError: A read failed here or elsewhere.
+    """
     try:
         with no_garbage_collection():
-            filling.read(round_.rank)
+            read_bytes = meeting.run(round_)
+    except PeersFailedError:
+        failure = round_.wait(
+            "error", Failure, what="the error of the rank that failed", heed_errors=False
+        )
+        raise _from_rank(failure) from None
     except Exception as error:
-        _agree_poisoned(round_, "read", error, poisons=not options.transactional)
+        round_.fail(error)
         raise
-    _agree_poisoned(round_, "read", None, poisons=not options.transactional)
-    try:
-        filling.place()
-        backend.finish(targets, saved)
-    except Exception as error:
-        _agree_poisoned(round_, "placed", error, poisons=True)
-        raise
-    _agree_poisoned(round_, "placed", None, poisons=True)
-    return LoadStats(filling.plan.read_bytes, filling.plan.needed_bytes)
+    told = _agree(round_, "read", HaveRead(read_bytes), _summed, HaveRead)
+    return LoadStats(read_bytes, plan.needed_bytes, told.read_bytes)
+
+
+def _all_ok(told: list[Ok]) -> Ok:
+    return told[0]
+
+
+def _summed(told: list[HaveRead]) -> HaveRead:
+    return HaveRead(sum(message.read_bytes for message in told))
 
 
 def saved_state(
@@ -215,9 +288,6 @@ class _Filling:
                 wanted.append(Wanted(tensor, shard.box, host))
         self.plan: LoadPlan = plan_load(checkpoint, wanted)
 
-    def read(self, rank: int) -> None:
-        run_load(self.plan, first_file=rank)
-
     def place(self) -> None:
         for temporary in self._temporaries:
             temporary.finish()
@@ -225,28 +295,33 @@ class _Filling:
             self._backend.placed(shard.data, host)
 
 
-def _agree(round_: Round, phase: str, error: Exception | None) -> None:
-    """Learn that all ranks came through a phase, or raise the first failure; publishes this rank's.
+def _agree(round_: Round, phase: str, mine: M, merge: Callable[[list[M]], R], kind: type[R]) -> R:
+    """Learn that all ranks came through a phase.
+
+    Args:
+        round_: The round of this load.
+        phase: What they came through.
+        mine: What this rank tells.
+        merge: What the coordinator makes of what all ranks told; every rank learns it.
+        kind: Type of that.
 
     Raises:
         ShardckptError: Another rank failed.
         DeadlineError: Another rank did not come; names it.
     """
-    if error is not None:
-        round_.fail(error)
-        return
     try:
-        round_.publish(f"{phase}/{round_.rank}", Ok())
-        if round_.rank == 0:
-            round_.gather(
-                phase,
-                Ok,
-                what=f"{phase} message",
-                hint="Every rank must call restore(); look at that rank's log.",
-            )
-            round_.publish(phase, Ok())
-        else:
-            round_.wait(phase, Ok, what=f"all ranks to have {phase} the checkpoint", grace=1.1)
+        round_.publish(f"{phase}/{round_.rank}", mine)
+        if round_.rank != 0:
+            what = f"all ranks to have {phase} the checkpoint"
+            return round_.wait(phase, kind, what=what, grace=1.1)
+        told = round_.gather(
+            phase,
+            type(mine),
+            what=f"{phase} message",
+            hint="Every rank must call restore(); look at that rank's log.",
+        )
+        merged = merge(told)
+        round_.publish(phase, merged)
     except RoundFailedError as failed:
         raise _from_rank(failed.failure) from None
     except DeadlineError as late:
@@ -254,23 +329,22 @@ def _agree(round_: Round, phase: str, error: Exception | None) -> None:
             # Only the coordinator knows who is missing; without this the others could not say it.
             round_.fail(late)
         raise
+    return merged
 
 
-def _agree_poisoned(round_: Round, phase: str, error: Exception | None, *, poisons: bool) -> None:
-    """As `_agree`; failures become PoisonError where the state was changed.
+@contextmanager
+def _poisoning(*, poisons: bool) -> Iterator[None]:
+    """Make failures of the block PoisonError where it changes the state.
 
     Raises:
         PoisonError: The state holds half-loaded data.
-        ShardckptError: A failure that changed nothing.
     """
     try:
-        _agree(round_, phase, error)
-    except ShardckptError as failed:
+        yield
+    except Exception as error:
         if poisons:
-            raise PoisonError(failed) from failed
+            raise PoisonError(error) from error
         raise
-    if error is not None and poisons:
-        raise PoisonError(error) from error
 
 
 def _from_rank(failure: Failure) -> ShardckptError:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 from dataclasses import dataclass, field
 from functools import cached_property
+from operator import attrgetter
 from typing import TYPE_CHECKING, Final
 
 import msgspec
@@ -75,10 +76,11 @@ class SavedPayload(msgspec.Struct, frozen=True, gc=False):
 
 @dataclass(slots=True)
 class OpenFile:
-    """One shard file, open, its table checked."""
+    """One shard file, open, its table checked; payloads by offset."""
 
     key: str
     rank: int
+    number: int
     reader: Reader
     table: Table
     crcs: bytes
@@ -230,7 +232,7 @@ def _read_table(reader: Reader, record: FileRecord, attempt: str, key: str, what
         what=what,
     )
     file = OpenFile(
-        key, record.rank, reader, table, decode_crcs(table, what),
+        key, record.rank, record.number, reader, table, decode_crcs(table, what),
         crc_seed(attempt, record.rank, record.number), [],
     )  # fmt: skip
     _index_payloads(file, record, what)
@@ -256,3 +258,4 @@ def _index_payloads(file: OpenFile, record: FileRecord, what: str) -> None:
         chunk += payload_num_chunks(nbytes)
         file.payloads.append(payload)
         file.by_shard.setdefault((key, box.offsets, box.shape), []).append(payload)
+    file.payloads.sort(key=attrgetter("offset"))

@@ -25,7 +25,7 @@ from shardckpt.load.open import SavedPayload
 from shardckpt.state import HostArray
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Iterator, Mapping, Sequence
 
     from shardckpt.geometry.box import Shape
     from shardckpt.load.open import OpenCheckpoint, OpenFile
@@ -141,8 +141,7 @@ def plan_load(checkpoint: OpenCheckpoint, wanted: Sequence[Wanted]) -> LoadPlan:
         CorruptCheckpointError: Some byte is in no file, or in two.
         StorageError: A table cannot be read.
     """
-    pieces: dict[str, list[Piece]] = {}
-    files: dict[str, OpenFile] = {}
+    pieces: dict[str, tuple[OpenFile, list[Piece]]] = {}
     known: dict[tuple[int, Box, Shape, int, int], list[_Share]] = {}
     needed = 0
     for want in wanted:
@@ -157,13 +156,17 @@ def plan_load(checkpoint: OpenCheckpoint, wanted: Sequence[Wanted]) -> LoadPlan:
             for file, payload in _payloads(checkpoint, tensor.key, share):
                 of_file = pieces.get(file.key)
                 if of_file is None:
-                    files[file.key] = file
-                    of_file = pieces[file.key] = []
-                of_file += _chunks(payload, share, want, item)
-    reads: list[Read] = []
-    for key in sorted(pieces):
-        reads += _reads(files[key], pieces[key])
-    return LoadPlan(tuple(reads), sum(r.stop - r.start for r in reads), needed)
+                    of_file = pieces[file.key] = (file, [])
+                of_file[1].extend(_chunks(payload, share, want, item))
+    return load_plan_of(pieces, needed)
+
+
+def load_plan_of(
+    pieces: Mapping[str, tuple[OpenFile, list[Piece]]], needed_bytes: int
+) -> LoadPlan:
+    """Return the reads that fetch pieces, by key of their file."""
+    reads = [read for key in sorted(pieces) for read in _reads(*pieces[key])]
+    return LoadPlan(tuple(reads), sum(r.stop - r.start for r in reads), needed_bytes)
 
 
 def _shares(want: Wanted, item: int) -> Iterator[_Share]:
