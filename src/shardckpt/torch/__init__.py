@@ -20,12 +20,14 @@ from shardckpt.checkpointer import (
     load_once,
 )
 from shardckpt.load.loader import LoadOptions
+from shardckpt.load.shared import Together
 from shardckpt.options import Every, Retention, Staging
 from shardckpt.provenance import environment_facts
 from shardckpt.save.saver import OnBusy, SaveHandle
 from shardckpt.storage.open import open_storage
 from shardckpt.torch.backend import TorchBackend
 from shardckpt.torch.coord import default_coord
+from shardckpt.torch.exchange import default_exchange
 from shardckpt.torch.fences import OptimizerFences
 from shardckpt.torch.objects import RngState
 
@@ -89,6 +91,7 @@ class Checkpointer:
             timeout_s=timeout_s, on_busy=on_busy, staging=options,
             environment=_environment(used.world_size),
             namespace=_namespace(coord),
+            exchange=default_exchange(timeout_s) if coord is None else None,
         )  # fmt: skip
         if options.overlap:
             self._fences.watch(self._core)
@@ -252,6 +255,7 @@ def load(
             step=step, options=_options(strict, only, rename, cast, transactional),
             timeout_s=timeout_s, namespace=_namespace(coord),
             environment=_environment(used.world_size),
+            together=Together(default_exchange(timeout_s) if coord is None else None),
         )  # fmt: skip
     finally:
         if coord is None:
