@@ -28,7 +28,8 @@ if TYPE_CHECKING:
 
 # Small enough that what was read is still in a core's cache when the others copy it.
 BATCH_BYTES: Final = 2 << 20
-SLOT_BYTES: Final = BATCH_BYTES + CHUNK_BYTES
+# A batch, the rest of its last chunk, and room for a mark behind it.
+SLOT_BYTES: Final = BATCH_BYTES + CHUNK_BYTES + 4096
 _LEAST_BATCH_BYTES: Final = 4 * CHUNK_BYTES
 _ALIGN_BYTES: Final = 4096
 # Exchanging costs a round of messages, some milliseconds. Below either bound that is more than it

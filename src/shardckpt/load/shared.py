@@ -10,7 +10,8 @@ Layer: load. Order on every rank, after the plans are agreed on:
    when they are done, which frees the slot.
 
 The k-th batch a rank provides waits for the one that was in its slot before, and messages between
-hosts follow the order of the batches, so the first batch that is not done can always go on.
+hosts follow the order of the batches, so the first batch that is not done can always go on. Who
+receives asks for it, and a mark behind the bytes tells that all have come.
 Consumers need nothing but their targets, so no order is asked of them. A rank that fails says so on
 every link, which ends the wait of the others.
 """
@@ -25,6 +26,8 @@ import socket
 import threading
 import time
 from array import array
+from collections import deque
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Final, Protocol, final
@@ -57,14 +60,18 @@ if TYPE_CHECKING:
 MOST_SLOTS: Final = 8
 _MOST_WANTS_BYTES: Final = 32 << 20
 _LOOK_FOR_FAILURE_S: Final = 0.5
+_POLL_FIRST_S: Final = 0.0002
+_POLL_MOST_S: Final = 0.005
+_MARK: Final = b"\xff" * 8
 _COPY, _PROVIDE, _READ, _STOP = range(4)
 _logger = logging.getLogger("shardckpt")
 
 
 class Exchange(Protocol):
-    """Bytes between ranks of different hosts, given by the framework front.
+    """Bytes between ranks of different hosts, given by the framework front. Thread-safe.
 
-    One thread sends and one receives, each in the order of the batches.
+    Nothing here is waited for that has not come, so that a failed load ends at once: who receives
+    watches the memory, and who sends does so when told that the other one receives.
     """
 
     def connect(self) -> None:
@@ -74,22 +81,29 @@ class Exchange(Protocol):
             Exception: This rank cannot; all ranks then do without.
         """
 
-    def send(self, rank: int, data: memoryview, tag: int) -> None:
-        """Send to a rank, which receives as many bytes with the same tag.
+    def send(self, rank: int, data: memoryview, tag: int) -> Callable[[], None]:
+        """Begin to send to a rank that receives with the same tag; return what ends it.
 
         Raises:
-            Exception: The other rank is gone or did not come in time.
+            Exception: The other rank is gone.
         """
 
-    def receive(self, rank: int, data: memoryview, tag: int) -> None:
-        """Fill `data` with what a rank sends.
+    def receive(self, rank: int, data: memoryview, tag: int) -> Callable[[], None]:
+        """Begin to fill memory, its last byte last; return what ends it, once all has come.
 
         Raises:
-            Exception: The other rank is gone or did not come in time.
+            Exception: The other rank is gone.
         """
 
-    def close(self, *, is_broken: bool) -> None:
-        """Let go of what `connect` made; after a failure calls may still be under way."""
+    def check(self, rank: int) -> None:
+        """See whether a rank is still there.
+
+        Raises:
+            Exception: It is gone.
+        """
+
+    def close(self) -> None:
+        """Let go of what `connect` made. Never raises."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -253,17 +267,15 @@ class Meeting:
         mine = [b for b in self._batches if b.provider_for(self._rank) is not None]
         if mine and self._memory is None:
             self._memory = Memory(mmap.mmap(-1, self._memory_bytes()))
-        running = _Running(
-            self._plan, self._rank, mine, self._memory, self._links, self._together.exchange
-        )
-        is_broken = True
+        exchange = self._together.exchange if self._is_connected else None
+        running = _Running(self._plan, self._rank, mine, self._memory, self._links, exchange)
         try:
             running.run(round_)
-            is_broken = False
-        finally:
-            if self._is_connected and self._together.exchange is not None:
-                self._together.exchange.close(is_broken=is_broken)
-                self._is_connected = False
+        except DeadlineError as error:
+            # A rank that fails tells so before it goes.
+            if round_.has_failed():
+                raise PeersFailedError from error
+            raise
         return running.read_bytes
 
     def close(self) -> None:
@@ -271,7 +283,7 @@ class Meeting:
         self._door.close()
         self._part()
         if self._is_connected and self._together.exchange is not None:
-            self._together.exchange.close(is_broken=True)
+            self._together.exchange.close()
             self._is_connected = False
 
     def _part(self) -> None:
@@ -330,6 +342,8 @@ class _Running:
         )
         self._lock: Final = threading.Lock()
         self._error: BaseException | None = None
+        self._has_failed: Final = threading.Event()
+        self._timeout_s = 0.0
         self._wake, self._woken = socket.socketpair()
         self._num_tasks = 0
         self._progress = time.monotonic()
@@ -360,22 +374,23 @@ class _Running:
             threading.Thread(target=self._work, name=f"shardckpt-read-{i}")
             for i in range(NUM_READERS)
         ]
-        # Left behind after a failure: a call of the group may be under way for long.
-        between = [
-            threading.Thread(target=partial(self._guard, move), name=name, daemon=True)
-            for move, name in (
-                (self._send_all, "shardckpt-send"),
-                (self._receive_all, "shardckpt-receive"),
-            )
-            if self._exchange is not None
-        ]
+        self._timeout_s = round_.timeout_s
+        if self._exchange is not None:
+            workers += [
+                threading.Thread(
+                    target=partial(self._guard, self._send_all), name="shardckpt-send"
+                ),
+                threading.Thread(
+                    target=partial(self._guard, self._receive_all), name="shardckpt-receive"
+                ),
+            ]
         for read in self._plan.reads:
             self._put(_READ, partial(self._read_own, read))
         slots = self._num_slots()
         for provided in self._provided[:slots]:
             self._slot_is_free(provided)
-        for thread in (*workers, *between):
-            thread.start()
+        for worker in workers:
+            worker.start()
         try:
             self._listen(round_)
         except BaseException as error:
@@ -457,9 +472,7 @@ class _Running:
             priority, _, task = self._tasks.get()
             if priority == _STOP:
                 return
-            with self._lock:
-                is_failed = self._error is not None
-            if not is_failed:
+            if not self._has_failed.is_set():
                 self._guard(task)
 
     def _guard(self, task: Callable[[], None]) -> None:
@@ -472,6 +485,7 @@ class _Running:
         with self._lock:
             first, self._error = self._error is None, self._error or error
         if first:
+            self._has_failed.set()
             for provided in self._provided:
                 provided.is_free.set()
                 provided.is_filled.set()
@@ -550,48 +564,98 @@ class _Running:
         self._finished()
 
     def _send_all(self) -> None:
-        """Send what this rank reads to the hosts that want it."""
-        assert self._exchange is not None
-        for provided in self._provided:
-            batch = provided.batch
-            others = [provider for provider, _ in batch.providers if provider != self._rank]
-            if batch.reader != self._rank or not others:
-                continue
+        """Send what this rank reads to the hosts that want it, to each once it receives."""
+        messages = [
+            (provided, other)
+            for provided in self._provided
+            for other, _ in provided.batch.providers[1:]
+            if provided.batch.reader == self._rank
+        ]
+        begun: deque[tuple[bytearray, Callable[[], None]]] = deque()
+        for number, (provided, other) in enumerate(messages):
+            for ahead, rank in messages[number + len(begun) : number + MOST_SLOTS]:
+                word = bytearray(len(_MARK))
+                begun.append((word, self._receive(rank, memoryview(word), ahead.batch.index, 1)))
             provided.is_filled.wait()
-            for other in others:
-                if self._error is not None:
-                    return
-                try:
-                    self._exchange.send(other, self._view(provided), batch.index)
-                except Exception as error:
-                    raise _unreachable(other, error) from error
+            word, end = begun.popleft()
+            if not self._has_come(memoryview(word), other):
+                return
+            end()
+            data = self._view(provided)
+            data[-len(_MARK) :] = _MARK
+            self._send(other, data, provided.batch.index, 0)()
             self._taken(provided)
 
     def _receive_all(self) -> None:
         """Receive what this rank provides on its host and others read."""
-        assert self._exchange is not None
-        for provided in self._provided:
-            reader = provided.batch.reader
-            if reader == self._rank:
-                continue
-            provided.is_free.wait()
-            if self._error is not None:
+        received = [p for p in self._provided if p.batch.reader != self._rank]
+        begun: deque[tuple[memoryview, Callable[[], None], Callable[[], None]]] = deque()
+        for number, provided in enumerate(received):
+            for ahead in received[number + len(begun) :]:
+                if begun and not ahead.is_free.is_set():
+                    break
+                ahead.is_free.wait()
+                data, index, reader = self._view(ahead), ahead.batch.index, ahead.batch.reader
+                data[-len(_MARK) :] = bytes(len(_MARK))
+                end = self._receive(reader, data, index, 0)
+                begun.append((data, end, self._send(reader, memoryview(_MARK), index, 1)))
+            data, *ends = begun.popleft()
+            if not self._has_come(data, provided.batch.reader):
                 return
-            try:
-                self._exchange.receive(reader, self._view(provided), provided.batch.index)
-            except Exception as error:
-                raise _unreachable(reader, error) from error
-            # The bytes verified are the bytes used: a network is no memory.
+            for end in ends:
+                end()
+            # The bytes verified are the bytes used, and a network is no memory.
             for file, chunks, start, _, address in self._parts(provided):
                 verify_chunks(file, chunks, address, start)
             self._is_filled(provided)
+
+    def _send(self, rank: int, data: memoryview, index: int, kind: int) -> Callable[[], None]:
+        assert self._exchange is not None
+        with _naming(rank):
+            end = self._exchange.send(rank, data, 2 * index + kind)
+        return partial(self._end, end, rank)
+
+    def _receive(self, rank: int, data: memoryview, index: int, kind: int) -> Callable[[], None]:
+        assert self._exchange is not None
+        with _naming(rank):
+            end = self._exchange.receive(rank, data, 2 * index + kind)
+        return partial(self._end, end, rank)
+
+    def _end(self, end: Callable[[], None], rank: int) -> None:
+        with _naming(rank):
+            end()
+
+    def _has_come(self, data: memoryview, rank: int) -> bool:
+        """Watch memory until the mark behind it has come; False where this rank failed meanwhile.
+
+        Raises:
+            DeadlineError: The other rank is gone or nothing came in time.
+        """
+        assert self._exchange is not None
+        started = checked = time.monotonic()
+        pause_s = _POLL_FIRST_S
+        while data[-len(_MARK) :] != _MARK:
+            if self._has_failed.wait(pause_s):
+                return False
+            pause_s = min(pause_s * 1.5, _POLL_MOST_S)
+            now = time.monotonic()
+            if now - checked > _LOOK_FOR_FAILURE_S:
+                checked = now
+                with _naming(rank):
+                    self._exchange.check(rank)
+            if now - started > self._timeout_s:
+                raise DeadlineError(
+                    f"nothing came from rank {rank} within {self._timeout_s:g} s while hosts "
+                    "exchanged what they read; look at that rank's log"
+                )
+        return not self._has_failed.is_set()
 
     def _provide_later(self, batch: Batch) -> None:
         assert self._memory is not None
         local = self._local(batch)
         for rank in local:
             self._owed[rank] += 1
-        sends = batch.reader == self._rank and len(batch.providers) > 1
+        sends = len(batch.providers) - 1 if batch.reader == self._rank else 0
         number = len(self._provided)
         offset = number % self._num_slots() * SLOT_BYTES
         self._provided.append(_Provided(batch, number, offset, 1 + len(local) + sends))
@@ -617,9 +681,8 @@ class _Running:
     def _view(self, provided: _Provided) -> memoryview:
         assert self._memory is not None
         *_, (_, _, start, stop, address) = self._parts(provided)
-        return self._memory.view(
-            provided.offset, address + stop - start - self._memory.address - provided.offset
-        )
+        nbytes = address + stop - start - self._address(provided)
+        return self._memory.view(provided.offset, nbytes + len(_MARK))
 
     def _address(self, provided: _Provided) -> int:
         assert self._memory is not None
@@ -629,8 +692,17 @@ class _Running:
         return 0 if self._memory is None else self._memory.nbytes // SLOT_BYTES
 
 
-def _unreachable(rank: int, error: Exception) -> DeadlineError:
-    return DeadlineError(
-        f"rank {rank} went away or did not answer in time while hosts exchanged what they read "
-        f"({error}); look at that rank's log"
-    )
+@contextmanager
+def _naming(rank: int) -> Iterator[None]:
+    """Say which rank it was that could not be reached.
+
+    Raises:
+        DeadlineError: The block failed.
+    """
+    try:
+        yield
+    except Exception as error:
+        raise DeadlineError(
+            f"rank {rank} went away or did not answer in time while hosts exchanged what they read "
+            f"({error}); look at that rank's log"
+        ) from error

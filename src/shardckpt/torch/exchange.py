@@ -7,14 +7,19 @@ traffic never meets it.
 
 from __future__ import annotations
 
+import warnings
 from datetime import timedelta
-from typing import TYPE_CHECKING, Any, final
+from typing import TYPE_CHECKING, Any, Final, final
 
 import torch
 from torch import distributed
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from shardckpt.load.shared import Exchange
+
+_NEVER_SENT: Final = (1 << 31) - 1
 
 
 def default_exchange(timeout_s: float) -> Exchange | None:
@@ -51,24 +56,42 @@ class GlooExchange:
         """
         self._group = distributed.new_group(backend="gloo", timeout=self._timeout)
 
-    def send(self, rank: int, data: memoryview, tag: int) -> None:
-        """Send to a rank, which receives as many bytes with the same tag.
+    def send(self, rank: int, data: memoryview, tag: int) -> Callable[[], None]:
+        """Begin to send to a rank that receives with the same tag; return what ends it.
 
         Raises:
-            RuntimeError: The other rank is gone or did not come in time.
+            RuntimeError: The other rank is gone.
         """
-        distributed.send(torch.frombuffer(data, dtype=torch.uint8), rank, self._group, tag)
+        return self._ending(distributed.isend(_tensor(data), rank, self._group, tag))
 
-    def receive(self, rank: int, data: memoryview, tag: int) -> None:
-        """Fill `data` with what a rank sends.
+    def receive(self, rank: int, data: memoryview, tag: int) -> Callable[[], None]:
+        """Begin to fill memory, its last byte last; return what ends it, once all has come.
 
         Raises:
-            RuntimeError: The other rank is gone or did not come in time.
+            RuntimeError: The other rank is gone.
         """
-        distributed.recv(torch.frombuffer(data, dtype=torch.uint8), rank, self._group, tag)
+        return self._ending(distributed.irecv(_tensor(data), rank, self._group, tag))
 
-    def close(self, *, is_broken: bool) -> None:
-        """Take the group apart; one with calls under way is left alone, since that would hang."""
+    def check(self, rank: int) -> None:
+        """See whether a rank is still there: gloo refuses to receive from one that is gone.
+
+        Raises:
+            RuntimeError: It is gone.
+        """
+        distributed.irecv(torch.empty(1, dtype=torch.uint8), rank, self._group, _NEVER_SENT)
+
+    def close(self) -> None:
+        """Take the group apart; calls that were begun and not ended go with it. Never raises."""
         group, self._group = self._group, None
-        if group is not None and not is_broken:
+        if group is not None:
             distributed.destroy_process_group(group)
+
+    def _ending(self, work: Any) -> Callable[[], None]:
+        return lambda: work.wait(self._timeout)
+
+
+def _tensor(data: memoryview) -> torch.Tensor:
+    with warnings.catch_warnings():
+        # The memory of a message may be read-only: it is only sent.
+        warnings.simplefilter("ignore", UserWarning)
+        return torch.frombuffer(data, dtype=torch.uint8)
