@@ -158,23 +158,28 @@ class ThreadJob:
         return found.step
 
     def _map(self, fn: Callable[[int], T]) -> list[T | BaseException]:
-        results: list[T | BaseException] = [KeyError("did not run")] * self.world_size
+        return run_threads(self.world_size, fn)
 
-        def run(rank: int) -> None:
-            try:
-                results[rank] = fn(rank)
-            except BaseException as error:
-                results[rank] = error
 
-        threads = [
-            threading.Thread(target=run, args=(rank,), name=f"rank {rank}")
-            for rank in range(self.world_size)
-        ]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-        return results
+def run_threads(world_size: int, fn: Callable[[int], T]) -> list[T | BaseException]:
+    """Run `fn(rank)` for every rank at once, each in a thread; return results or errors."""
+    results: list[T | BaseException] = [KeyError("did not run")] * world_size
+
+    def run(rank: int) -> None:
+        try:
+            results[rank] = fn(rank)
+        except BaseException as error:
+            results[rank] = error
+
+    threads = [
+        threading.Thread(target=run, args=(rank,), name=f"rank {rank}")
+        for rank in range(world_size)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return results
 
 
 def raised(results: Sequence[T | BaseException]) -> list[T]:
