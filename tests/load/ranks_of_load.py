@@ -74,7 +74,8 @@ def coord_of(told: RankContext, job: str) -> Coord:
 
 
 def save(told: RankContext, store: Path, name: str, num_copies: int = 1) -> None:
-    core: CheckpointerCore = open_job(open_storage(store), coord_of(told, "save"), JobOptions())
+    coord = coord_of(told, f"save {store.name}")
+    core: CheckpointerCore = open_job(open_storage(store), coord, JobOptions())
     core.save(1, state(name, told.rank, blank=False, num_copies=num_copies))
     core.close()
 
@@ -94,9 +95,15 @@ def load(
     return stats
 
 
-def load_each_way(told: RankContext, store: Path, saved: str) -> dict[str, LoadStats]:
-    save(told, store, saved)
-    return {name: load(coord_of(told, name), store, name, Together(), job=name) for name in LAYOUTS}
+def load_each_way(told: RankContext, store: Path) -> dict[str, LoadStats]:
+    """Save in every layout, and load every save in every layout."""
+    found: dict[str, LoadStats] = {}
+    for saved in LAYOUTS:
+        save(told, store / saved, saved)
+        for name in LAYOUTS:
+            job = f"{saved} to {name}"
+            found[job] = load(coord_of(told, job), store / saved, name, Together(), job=job)
+    return found
 
 
 def outcome(call: Any) -> tuple[str, str, float]:

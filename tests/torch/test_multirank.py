@@ -43,7 +43,7 @@ def test_what_four_ranks_saved_loads_on_three_and_on_one(tmp_path: Path) -> None
     _run(ranks.load_elsewhere, 1, str(tmp_path), str(tmp_path / "expected.pt"))
 
 
-def test_neither_save_nor_restore_calls_a_collective(tmp_path: Path) -> None:
+def test_neither_save_nor_restore_on_one_host_calls_a_collective(tmp_path: Path) -> None:
     _run(_ranks().save_without_collectives, 4, str(tmp_path))
 
 
