@@ -37,7 +37,7 @@ from shardckpt.load.loader import (
     load_state,
 )
 from shardckpt.load.open import OpenCheckpoint
-from shardckpt.load.shared import Together
+from shardckpt.load.together import Together
 from shardckpt.provenance import writer_name
 from shardckpt.retention import to_drop
 from shardckpt.save.commit import Described
@@ -51,7 +51,7 @@ if TYPE_CHECKING:
     from shardckpt.backend import Backend
     from shardckpt.coord.base import Coord
     from shardckpt.format.root import Entry
-    from shardckpt.load.shared import Exchange
+    from shardckpt.load.between import Exchange
     from shardckpt.options import Every, Retention, Staging
     from shardckpt.storage.base import Storage
 

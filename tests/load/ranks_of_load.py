@@ -17,7 +17,7 @@ from shardckpt.errors import ShardckptError
 from shardckpt.geometry.layout import MeshLayout
 from shardckpt.load import links, shared
 from shardckpt.load.loader import LoadOptions, LoadStats
-from shardckpt.load.shared import Together
+from shardckpt.load.together import Together
 from shardckpt.storage.fileops import PosixFileOps
 from shardckpt.storage.local import LocalStorage
 from shardckpt.storage.open import open_storage

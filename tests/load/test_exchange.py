@@ -29,7 +29,7 @@ from shardckpt.load.exchange import (
 from shardckpt.load.loader import LoadOptions
 from shardckpt.load.open import OpenCheckpoint
 from shardckpt.load.plan import LoadPlan, Piece, Wanted, plan_load
-from shardckpt.load.shared import Together
+from shardckpt.load.together import Together
 from shardckpt.storage.memory import MemoryStorage
 from shardckpt.testing.arrays import ArrayBackend, Sharded, shard_of
 from shardckpt.testing.coords import MemoryCoordHub

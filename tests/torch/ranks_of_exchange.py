@@ -18,7 +18,7 @@ from shardckpt.checkpointer import load_once
 from shardckpt.errors import ShardckptError
 from shardckpt.load import shared
 from shardckpt.load.loader import LoadOptions, LoadStats
-from shardckpt.load.shared import Together
+from shardckpt.load.together import Together
 from shardckpt.storage.open import open_storage
 from shardckpt.testing.arrays import ArrayBackend
 from shardckpt.testing.jobs import JobOptions, open_job

@@ -28,10 +28,10 @@ from shardckpt.geometry.layout import BoxLayout, Layout
 from shardckpt.load.cast import Temporary, allocate
 from shardckpt.load.check import is_wanted, mismatches, raise_mismatch, target_names
 from shardckpt.load.plan import LoadPlan, Wanted, plan_load
-from shardckpt.load.shared import (
+from shardckpt.load.shared import PeersFailedError
+from shardckpt.load.together import (
     AllLinked,
     Meeting,
-    PeersFailedError,
     Together,
     Visitors,
     all_linked,
@@ -167,7 +167,7 @@ def _meet(meeting: Meeting, round_: Round) -> None:
     if round_.world_size == 1:
         return
     if meeting.meet(_agree(round_, "checked", meeting.visitor(), gathered, Visitors)):
-        meeting.settle(_agree(round_, "linked", meeting.link(), all_linked, AllLinked))
+        meeting.settle(_agree(round_, "prepared", meeting.link(), all_linked, AllLinked))
 
 
 def _read(meeting: Meeting, plan: LoadPlan, round_: Round) -> LoadStats:

@@ -20,7 +20,7 @@ from shardckpt.checkpointer import (
     load_once,
 )
 from shardckpt.load.loader import LoadOptions
-from shardckpt.load.shared import Together
+from shardckpt.load.together import Together
 from shardckpt.options import Every, Retention, Staging
 from shardckpt.provenance import environment_facts
 from shardckpt.save.saver import OnBusy, SaveHandle

@@ -17,7 +17,7 @@ from torch import distributed
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from shardckpt.load.shared import Exchange
+    from shardckpt.load.between import Exchange
 
 _NEVER_SENT: Final = (1 << 31) - 1
 
@@ -47,6 +47,9 @@ class GlooExchange:
         """
         self._timeout = timedelta(seconds=timeout_s)
         self._group: Any = None
+        # gloo stops reading a connection when the memory of a message is gone, which would keep its
+        # sender inside a call: what was begun is kept until the group goes.
+        self._begun: dict[Any, torch.Tensor] = {}
 
     def connect(self) -> None:
         """Make the group; all ranks of the job call it at the same time.
@@ -62,7 +65,8 @@ class GlooExchange:
         Raises:
             RuntimeError: The other rank is gone.
         """
-        return self._ending(distributed.isend(_tensor(data), rank, self._group, tag))
+        tensor = _tensor(data)
+        return self._ending(distributed.isend(tensor, rank, self._group, tag), tensor)
 
     def receive(self, rank: int, data: memoryview, tag: int) -> Callable[[], None]:
         """Begin to fill memory, its last byte last; return what ends it, once all has come.
@@ -70,7 +74,8 @@ class GlooExchange:
         Raises:
             RuntimeError: The other rank is gone.
         """
-        return self._ending(distributed.irecv(_tensor(data), rank, self._group, tag))
+        tensor = _tensor(data)
+        return self._ending(distributed.irecv(tensor, rank, self._group, tag), tensor)
 
     def check(self, rank: int) -> None:
         """See whether a rank is still there: gloo refuses to receive from one that is gone.
@@ -83,11 +88,18 @@ class GlooExchange:
     def close(self) -> None:
         """Take the group apart; calls that were begun and not ended go with it. Never raises."""
         group, self._group = self._group, None
+        self._begun.clear()
         if group is not None:
             distributed.destroy_process_group(group)
 
-    def _ending(self, work: Any) -> Callable[[], None]:
-        return lambda: work.wait(self._timeout)
+    def _ending(self, work: Any, tensor: torch.Tensor) -> Callable[[], None]:
+        self._begun[work] = tensor
+
+        def end() -> None:
+            work.wait(self._timeout)
+            del self._begun[work]
+
+        return end
 
 
 def _tensor(data: memoryview) -> torch.Tensor:
