@@ -142,17 +142,17 @@ def wait_for(path: Path, timeout_s: float = 30.0) -> None:
 
 
 def after_calls(num_calls: int, then: Any) -> None:
-    """Let the reader of batches do something before it verifies its next one."""
-    real = shared.verify_chunks
+    """Let the reader of batches do something before it reads its next one."""
+    real = shared.read_to
     calls: list[int] = []
 
-    def verify(*args: Any) -> None:
+    def read(*args: Any) -> None:
         calls.append(1)
         if len(calls) == num_calls:
             then()
         real(*args)
 
-    shared.verify_chunks = verify
+    shared.read_to = read
 
 
 def load_while_one_dies(told: RankContext, store: Path) -> tuple[str, str, float]:

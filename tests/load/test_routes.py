@@ -20,7 +20,7 @@ from shardckpt.errors import CorruptCheckpointError, StorageError
 from shardckpt.load.loader import LoadOptions
 from shardckpt.load.open import OpenCheckpoint
 from shardckpt.load.plan import LoadPlan, Wanted, plan_load
-from shardckpt.load.read import _from_file, read_to, run_load
+from shardckpt.load.read import Chunks, read_to, reads_from, run_load, verify_at
 from shardckpt.storage.fileops import FileOps, PosixFileOps, calls_into
 from shardckpt.storage.local import LocalStorage
 from shardckpt.storage.memory import MemoryStorage
@@ -257,6 +257,10 @@ def test_a_changed_chunk_is_named_on_every_route(
         assert part in str(caught.value)
 
 
+def _chunks(read: Read) -> list[Chunks]:
+    return [(piece.payload, piece.start, piece.stop) for piece in read.pieces]
+
+
 def test_a_range_read_into_memory_is_checked_too(tmp_path: Path) -> None:
     storage = LocalStorage(tmp_path, ops=PosixFileOps(flush=False))
     _save(storage)
@@ -265,15 +269,19 @@ def test_a_range_read_into_memory_is_checked_too(tmp_path: Path) -> None:
     saved = _shard(tmp_path).read_bytes()
     for read in reads:
         memory = np.zeros(read.stop - read.start, np.uint8)
-        read_to(read, memory.ctypes.data)
+        read_to(read.file, _chunks(read), memory.ctypes.data)
         for piece in read.pieces:
             found = memory[piece.file_start - read.start : piece.file_stop - read.start]
             assert found.tobytes() == saved[piece.file_start : piece.file_stop]
+        verify_at(read.file, _chunks(read), memory.ctypes.data)
+        memory[-1] ^= 1
+        with pytest.raises(CorruptCheckpointError, match="chunk at byte"):
+            verify_at(read.file, _chunks(read), memory.ctypes.data)
     last = reads[-1]
     _changed(_shard(tmp_path), last.pieces[0].file_start)
     memory = np.zeros(last.stop - last.start, np.uint8)
     with pytest.raises(CorruptCheckpointError, match="chunk at byte"):
-        read_to(last, memory.ctypes.data)
+        read_to(last.file, _chunks(last), memory.ctypes.data)
     checkpoint.close()
 
 
@@ -358,11 +366,11 @@ def test_each_rank_begins_at_a_file_of_its_own(tmp_path: Path) -> None:
     files = [File() for _ in range(3)]
     reads = cast("tuple[Read, ...]", tuple(Fake(f, n) for f in files for n in range(2)))
     for rank in range(5):
-        order = _from_file(reads, rank)
+        order = reads_from(reads, rank)
         assert order[0].file is files[rank % 3]  # type: ignore[comparison-overlap]
         assert sorted(map(id, order)) == sorted(map(id, reads))
         assert [cast("Any", read).number for read in order] == [0, 1] * 3
-    assert _from_file((), 3) == []
+    assert reads_from((), 3) == []
 
 
 def test_where_no_file_is_lent_ranges_of_nonsense_are_refused_as_well() -> None:

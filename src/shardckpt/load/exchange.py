@@ -13,7 +13,7 @@ chunk more than a batch.
 from __future__ import annotations
 
 from bisect import bisect_right
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
 import msgspec
@@ -256,7 +256,7 @@ def _part(piece: Piece, start: int, stop: int) -> Piece:
     if (start, stop) == (piece.start, piece.stop):
         return piece
     direct = piece.direct_address and piece.direct_address + start - piece.start
-    return replace(piece, start=start, stop=stop, direct_address=direct)
+    return msgspec.structs.replace(piece, start=start, stop=stop, direct_address=direct)
 
 
 def _intervals(lists: Sequence[Wants]) -> Iterator[tuple[FileName, int, int, int]]:

@@ -161,9 +161,7 @@ def plan_load(checkpoint: OpenCheckpoint, wanted: Sequence[Wanted]) -> LoadPlan:
     return load_plan_of(pieces, needed)
 
 
-def load_plan_of(
-    pieces: Mapping[str, tuple[OpenFile, list[Piece]]], needed_bytes: int
-) -> LoadPlan:
+def load_plan_of(pieces: Mapping[str, tuple[OpenFile, list[Piece]]], needed_bytes: int) -> LoadPlan:
     """Return the reads that fetch pieces, by key of their file."""
     reads = [read for key in sorted(pieces) for read in _reads(*pieces[key])]
     return LoadPlan(tuple(reads), sum(r.stop - r.start for r in reads), needed_bytes)

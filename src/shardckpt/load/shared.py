@@ -33,13 +33,21 @@ from shardckpt.load.exchange import (
 )
 from shardckpt.load.links import DONE, FAILED, READY, Link, Memory
 from shardckpt.load.plan import copy_rows_of
-from shardckpt.load.read import NUM_READERS, run_read, verify_chunks
+from shardckpt.load.read import (
+    NUM_READERS,
+    Chunks,
+    read_to,
+    reads_from,
+    run_read,
+    span_of,
+    verify_at,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
 
     from shardckpt.coord.session import Round
-    from shardckpt.load.open import OpenFile, SavedPayload
+    from shardckpt.load.open import OpenFile
     from shardckpt.load.plan import LoadPlan, Read
 
 MOST_SLOTS: Final = 8
@@ -90,7 +98,6 @@ class Running:
         self._num_tasks = 0
         self._progress = time.monotonic()
         self.read_bytes = 0
-        self._scratch: Final = threading.local()
         # Records that each linked rank still has to send.
         self._owed: Final = dict.fromkeys(links, 0)
         self._provided: Final[list[Provided]] = []
@@ -129,7 +136,7 @@ class Running:
                     (between.receive_all, "shardckpt-receive"),
                 )
             ]
-        for read in self._plan.reads:
+        for read in reads_from(self._plan.reads, self._rank):
             self._put(_READ, partial(self._read_own, read))
         slots = self._num_slots()
         for provided in self._provided[:slots]:
@@ -252,7 +259,7 @@ class Running:
             self._wake.send(b".")
 
     def _read_own(self, read: Read) -> None:
-        run_read(read, self._scratch)
+        run_read(read)
         self._finished(read.stop - read.start)
 
     def _copy_from(self, link: Link, index: int, address: int) -> None:
@@ -280,9 +287,9 @@ class Running:
     def _read_batch(self, provided: Provided) -> None:
         """Read a batch into its slot and verify it there."""
         nbytes = 0
-        for file, chunks, start, stop, address in self._parts(provided):
-            file.reader.read_into(start, address, stop - start)
-            verify_chunks(file, chunks, address, start)
+        for file, chunks, address in self._parts(provided):
+            read_to(file, chunks, address)
+            start, stop = span_of(chunks)
             nbytes += stop - start
         with self._lock:
             self.read_bytes += nbytes
@@ -290,8 +297,8 @@ class Running:
 
     def _is_received(self, provided: Provided) -> None:
         """Verify a batch that came from another host: a network is no memory."""
-        for file, chunks, start, _, address in self._parts(provided):
-            verify_chunks(file, chunks, address, start)
+        for file, chunks, address in self._parts(provided):
+            verify_at(file, chunks, address)
         self._is_filled(provided)
 
     def _is_filled(self, provided: Provided) -> None:
@@ -329,22 +336,20 @@ class Running:
         ranks = next(ranks for provider, ranks in batch.providers if provider == self._rank)
         return [rank for rank in ranks if rank != self._rank]
 
-    def _parts(
-        self, provided: Provided
-    ) -> Iterator[tuple[OpenFile, list[tuple[SavedPayload, int, int]], int, int, int]]:
-        """Yield file, chunks, first byte and one past the last, and address of every extent."""
+    def _parts(self, provided: Provided) -> Iterator[tuple[OpenFile, Sequence[Chunks], int]]:
+        """Yield file, chunks and address of every extent."""
         base = self._address(provided)
         for extent in provided.batch.extents:
             file = self._files[extent.file]
             chunks = chunks_in(file, extent)
             if chunks:
-                (first, low, _), (last, _, high) = chunks[0], chunks[-1]
-                start, stop = first.offset + low, last.offset + high
-                yield file, chunks, start, stop, base + extent.at + start - extent.start
+                start, _ = span_of(chunks)
+                yield file, chunks, base + extent.at + start - extent.start
 
     def _view(self, provided: Provided) -> memoryview:
         assert self._memory is not None
-        *_, (_, _, start, stop, address) = self._parts(provided)
+        *_, (_, chunks, address) = self._parts(provided)
+        start, stop = span_of(chunks)
         nbytes = address + stop - start - self._address(provided)
         return self._memory.view(provided.offset, nbytes + len(MARK))
 

@@ -18,6 +18,7 @@ import msgspec
 from shardckpt.errors import DeadlineError
 from shardckpt.load.exchange import SLOT_BYTES, Batch, Wants, assign, wants_of
 from shardckpt.load.links import Door, Link, LinkError, Memory, host_name
+from shardckpt.load.read import run_load
 from shardckpt.load.shared import MOST_SLOTS, PeersFailedError, Running
 
 if TYPE_CHECKING:
@@ -186,7 +187,10 @@ class Meeting:
             PeersFailedError: Another rank failed.
         """
         mine = [b for b in self._batches if b.provider_for(self._rank) is not None]
-        if mine and self._memory is None:
+        if not mine:
+            run_load(self._plan, first_file=self._rank)
+            return self._plan.read_bytes
+        if self._memory is None:
             self._memory = Memory(mmap.mmap(-1, self._memory_bytes()))
         exchange = self._together.exchange if self._is_connected else None
         running = Running(self._plan, self._rank, mine, self._memory, self._links, exchange)
