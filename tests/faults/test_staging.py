@@ -221,7 +221,7 @@ def test_a_save_that_cannot_be_finished_at_exit_is_logged_and_the_process_ends(
     tmp_path: Path,
 ) -> None:
     """Its copies are held up for ever."""
-    done = _run("engine.set_paused(True)\ncore.save(2, state)", tmp_path / "s", timeout_s=1.0)
+    done = _run("engine.set_paused(True)\ncore.save(2, state)", tmp_path / "s", timeout_s=3.0)
     assert done.returncode == 0, done.stderr
     assert "step 2: not saved" in done.stderr
     assert "without close()" in done.stderr
