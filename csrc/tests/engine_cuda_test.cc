@@ -133,7 +133,7 @@ DeviceStream On(uint64_t stream, int64_t device = 0) {
 // The optimizer overwrites all arrays right after the fence.
 TEST(EngineSavesDeviceArraysAsTheyWereAtTheSaveWhateverTheOrder) {
   if (testing::IsRealCuda()) return;
-  for (uint64_t seed = 0; seed < 12; ++seed) {
+  for (uint64_t seed = 0; seed < 4; ++seed) {
     World world(2, kSeeded, seed);
     const uint64_t compute = world.NewStream(seed % 2 == 0);
     const uint64_t other = world.NewStream(false, 1);
@@ -193,12 +193,12 @@ TEST(EngineFenceHoldsTheStreamBackAndNotTheHost) {
 
 TEST(EngineRingSmallerThanTheDeviceStateWaitsForSlots) {
   if (testing::IsRealCuda()) return;
-  for (uint64_t seed = 0; seed < 4; ++seed) {
+  for (uint64_t seed = 0; seed < 2; ++seed) {
     World world(1, kSeeded, seed);
     const uint64_t compute = world.NewStream(false);
     auto engine = MakeEngine(&world, 2 * kSlotBytes);
     DeviceSave save(&world);
-    for (int i = 0; i < 6; ++i) {
+    for (int i = 0; i < 4; ++i) {
       save.AddDevice(world.NewArray(8 * kMiB, compute), 8 * kMiB, 1);
     }
     const std::vector<DeviceStream> streams{On(compute)};
@@ -221,7 +221,7 @@ TEST(EngineSurvivesADeviceThatFails) {
     auto engine = MakeEngine(&world, 64 * kMiB);
     DeviceSave save(&world);
     for (int i = 0; i < 3; ++i) {
-      save.AddDevice(world.NewArray(8 * kMiB, compute), 8 * kMiB, 1);
+      save.AddDevice(world.NewArray(kMiB, compute), kMiB, 1);
     }
     world.fake()->FailCall("cuMemcpyDtoHAsync", nth, cuda::Result{1}, 1);
     world.ExpectOk(save.Begin(engine.get(), {On(compute)}), "begin");
