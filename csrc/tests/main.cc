@@ -1,5 +1,6 @@
 // Runs every TEST, or those whose name holds the one argument; exits 1 if an EXPECT was false, or
 // if there was nothing to run.
+#include <algorithm>
 #include <cstdio>
 #include <string>
 #include <vector>
@@ -23,10 +24,16 @@ void RecordFailure(const char* file, int line, const std::string& what) {
   std::fprintf(stderr, "%s:%d: %s\n", file, line, what.c_str());
 }
 
-int RunAll(const std::string& in_name) {
+// Runs the tests whose name holds any of `parts`; all of them where there are none.
+int RunAll(const std::vector<std::string>& parts) {
   size_t num_tests = 0;
   for (const Test& test : Tests()) {
-    if (std::string(test.name).find(in_name) == std::string::npos) continue;
+    const std::string name = test.name;
+    if (!parts.empty() && std::none_of(parts.begin(), parts.end(), [&](const std::string& part) {
+          return name.find(part) != std::string::npos;
+        })) {
+      continue;
+    }
     ++num_tests;
     const int failures_before = num_failures;
     test.run();
@@ -38,4 +45,4 @@ int RunAll(const std::string& in_name) {
 
 }  // namespace shardckpt::testing
 
-int main(int argc, char** argv) { return shardckpt::testing::RunAll(argc > 1 ? argv[1] : ""); }
+int main(int argc, char** argv) { return shardckpt::testing::RunAll({argv + 1, argv + argc}); }
