@@ -16,7 +16,7 @@
 namespace shardckpt {
 namespace {
 
-constexpr int kFlushNice = 10;
+constexpr int kNice = 10;
 constexpr int kIoPriorityBestEffort = 2;
 constexpr int kIoPriorityLowest = 7;
 constexpr int64_t kGuardBytes = 64;  // A payload this small is a counter.
@@ -315,7 +315,7 @@ void Engine::Copy(Lock* lock, const Work& work, Scratch* scratch) {
                    -1, 0, ""});
   }
   Unblock(lock, &ticket, work.extent);
-  if (!on_device || !is_whole) FinishCopy(&ticket, work.extent);
+  if (!on_device || !is_whole || --extent.num_pending == 0) FinishCopy(&ticket, work.extent);
 }
 
 void Engine::HandToDevices(const std::shared_ptr<Ticket>& ticket, uint32_t index, uint8_t* dst) {
@@ -330,7 +330,8 @@ void Engine::HandToDevices(const std::shared_ptr<Ticket>& ticket, uint32_t index
   };
   {
     const Lock lock(mutex_);
-    ticket->table.extents[index].num_pending = static_cast<int>(devices.size());
+    // The copying thread counts, too: it looks at the guards before the extent is done.
+    ticket->table.extents[index].num_pending = 1 + static_cast<int>(devices.size());
   }
   Status status;
   for (const int64_t device : devices) {
@@ -376,7 +377,7 @@ void Engine::FinishCopy(Ticket* ticket, uint32_t index) {
 
 void* Engine::RunCopies(void* opaque) {
   Engine& engine = *static_cast<Engine*>(opaque);
-  if (!engine.options_.cpus.empty()) engine.LowerPriority();
+  engine.LowerPriority();
   Scratch scratch;
   Lock lock(engine.mutex_);
   while (!engine.is_closing_) {
@@ -490,9 +491,7 @@ void Engine::WaitForRate(Lock* lock, const Ticket& ticket, int64_t size_bytes) {
 void* Engine::RunWrites(void* opaque) {
   Engine& engine = *static_cast<Engine*>(opaque);
   engine.LowerPriority();
-  const auto thread = static_cast<id_t>(syscall(SYS_gettid));
-  // Each may be refused; then the thread runs as any other.
-  setpriority(PRIO_PROCESS, thread, kFlushNice);
+  // It acts on direct I/O; refused, the thread writes as any other.
   syscall(SYS_ioprio_set, 1, 0, kIoPriorityBestEffort << 13 | kIoPriorityLowest);
   Lock lock(engine.mutex_);
   while (!engine.is_closing_) {
@@ -506,7 +505,9 @@ void* Engine::RunWrites(void* opaque) {
   return nullptr;
 }
 
+// The training's own threads go first; at a fence they copy what is left themselves.
 void Engine::LowerPriority() const {
+  setpriority(PRIO_PROCESS, static_cast<id_t>(syscall(SYS_gettid)), kNice);
   if (options_.cpus.empty()) return;
   cpu_set_t set;
   CPU_ZERO(&set);

@@ -67,7 +67,7 @@ struct Extent {
   ExtentState state = ExtentState::kQueued;
   bool is_eager = false;
   bool on_device = false;  // Some of its payloads.
-  int num_pending = 0;     // Devices whose part is not here yet.
+  int num_pending = 0;     // Of an extent on devices: threads that are not done with it.
 };
 
 // The checksum of the later part of a chunk that two extents share.
