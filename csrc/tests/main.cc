@@ -1,5 +1,5 @@
-// Runs every TEST, or those whose name holds the one argument; exits 1 if an EXPECT was false, or
-// if there was nothing to run.
+// Runs every TEST, or those whose name holds any of the arguments; exits 1 if an EXPECT was false,
+// or if there was nothing to run.
 #include <algorithm>
 #include <cstdio>
 #include <string>

@@ -150,8 +150,8 @@ def _write_extents(
                 ctypes.pythonapi.Py_IncRef(ctypes.py_object(held.pop_all()))
     if is_late:
         raise DeadlineError(
-            f"this rank wrote nothing for more than {timeout_s:g} s: the file system hangs, or "
-            "the optimizer's step does not come"
+            f"this rank wrote nothing for more than {timeout_s:g} s: the file system hangs. Look "
+            "at the storage; a slow one needs a longer timeout_s."
         )
     kind, _, file, code, message = engine.failure(ticket)
     if kind == "write":
