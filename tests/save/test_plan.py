@@ -15,7 +15,7 @@ from shardckpt.format.shares import replica_share
 from shardckpt.geometry.layout import MeshLayout
 from shardckpt.save.plan import merge, rank_plan
 from shardckpt.save.structure import structure_of
-from shardckpt.testing.arrays import ArrayBackend, Sharded, shard_of
+from shardckpt.testing.arrays import ArrayBackend, Fenced, Sharded, shard_of
 
 if TYPE_CHECKING:
     from shardckpt.state import StateTree
@@ -85,6 +85,18 @@ def test_a_file_that_would_grow_too_large_is_split() -> None:
     assert len(split.file_bytes) > 2
     assert max(split.file_bytes) <= 4 << 20
     assert sum(p.nbytes for p in split.payloads) == 8 * (2**20 + 2**19)
+
+
+def test_what_no_fence_protects_stands_together() -> None:
+    state = {
+        f"{size}{i}": Fenced(np.zeros(n)) if i % 2 else np.zeros(n)
+        for i in range(8)
+        for size, n in (("big", 2**18), ("small", 9))
+    }
+    described = ArrayBackend().describe(state)
+    plan = rank_plan(merge([structure_of(described)], [0]), described.leaves, 0)
+    is_eager = [described.leaves[p.leaf].fence == 0 for p in plan.payloads]
+    assert is_eager == [False] * 4 + [True] * 8 + [False] * 4
 
 
 def test_ranks_that_hold_different_arrays_under_one_key_are_named() -> None:

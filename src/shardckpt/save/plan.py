@@ -211,13 +211,21 @@ def rank_plan(
             start, stop = replica_share(nbytes, len(ranks), owner, ranks.index(rank))
             if start < stop:
                 pieces.append((leaf_index, shard_index, start, stop))
-    return _place_in_files(pieces, max_file_bytes)
+    return _place_in_files(pieces, leaves, max_file_bytes)
 
 
-def _place_in_files(pieces: list[tuple[int, int, int, int]], max_file_bytes: int) -> RankPlan:
-    """Put big payloads first at page boundaries, then small ones packed."""
+def _place_in_files(
+    pieces: list[tuple[int, int, int, int]], leaves: Sequence[Leaf], max_file_bytes: int
+) -> RankPlan:
+    """Put big payloads first at page boundaries, then small ones packed.
+
+    Those that no fence protects stand together where big and small ones meet: an extent is copied
+    whole, and each that holds one of them is copied before `save` returns.
+    """
     big = [p for p in pieces if p[3] - p[2] >= ALIGNED_FROM_BYTES]
+    big.sort(key=lambda p: leaves[p[0]].fence == 0)
     small = [p for p in pieces if p[3] - p[2] < ALIGNED_FROM_BYTES]
+    small.sort(key=lambda p: leaves[p[0]].fence != 0)
     payloads: list[Payload] = []
     ends: list[int] = [HEADER_BYTES]
     for leaf, shard, start, stop in (*big, *small):
