@@ -57,9 +57,20 @@ def save(store: Path) -> None:
     core.close()
 
 
-def load(store: Path, job: str, host: str, timeout_s: float = TIMEOUT_S) -> LoadStats:
+def load(
+    store: Path,
+    job: str,
+    host: str,
+    timeout_s: float = TIMEOUT_S,
+    began: list[float] | None = None,
+) -> LoadStats:
+    """Load, and say when the connection stood and the load itself began."""
     mine: dict[str, Any] = {key: np.full_like(value, -1) for key, value in arrays().items()}
     coord = default_coord(timeout_s)
+    # A new connection to torch's store may take seconds here, which is no time of the load.
+    coord.set(f"here/{job}/{dist.get_rank()}", b"1")
+    if began is not None:
+        began.append(time.monotonic())
     try:
         stats = load_once(
             open_storage(store), ArrayBackend(), coord, mine, step=None, options=LoadOptions(),
@@ -74,12 +85,13 @@ def load(store: Path, job: str, host: str, timeout_s: float = TIMEOUT_S) -> Load
 
 
 def outcome(call: Any) -> tuple[str, str, float]:
-    started = time.monotonic()
+    """Return the error of `call(began)` and the seconds it took from the time it says it began."""
+    began: list[float] = []
     try:
-        call()
+        call(began)
     except ShardckptError as error:
-        return type(error).__name__, str(error), time.monotonic() - started
-    return "none", "", time.monotonic() - started
+        return type(error).__name__, str(error), time.monotonic() - began[0]
+    return "none", "", time.monotonic() - began[0]
 
 
 def load_across_hosts(told: RankContext, store: Path) -> dict[str, Any]:
@@ -103,7 +115,9 @@ def load_across_hosts(told: RankContext, store: Path) -> dict[str, Any]:
         data[len(data) // 2] ^= 1
         path.write_bytes(data)
     dist.barrier()
-    found["damaged"] = outcome(lambda: load(store, "damaged", f"{store}/{told.rank}"))
+    found["damaged"] = outcome(
+        lambda began: load(store, "damaged", f"{store}/{told.rank}", began=began)
+    )
     # The trainer's own group has not noticed.
     total = torch.tensor([told.rank])
     dist.all_reduce(total)
@@ -136,6 +150,6 @@ def load_while_a_host_dies(told: RankContext, store: Path) -> tuple[str, str, fl
             real(*args)
 
         shared.read_to = read
-    found = outcome(lambda: load(store, "dies", f"{store}/{told.rank}"))
+    found = outcome(lambda began: load(store, "dies", f"{store}/{told.rank}", began=began))
     sys.stdout.flush()
     return found
