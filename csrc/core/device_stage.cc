@@ -189,6 +189,11 @@ Status DeviceStage::Wait(int64_t timeout_ms) {
                         " to the host did not end in " + std::to_string(timeout_ms) + " ms.");
 }
 
+bool DeviceStage::HasFailed() {
+  const Lock lock(mutex_);
+  return !error_.ok();
+}
+
 void DeviceStage::SetRate(int64_t bytes_per_s) {
   const Lock lock(mutex_);
   options_.bytes_per_s = bytes_per_s;

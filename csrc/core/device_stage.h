@@ -76,6 +76,9 @@ class DeviceStage {
   // error.
   Status Wait(int64_t timeout_ms);
 
+  // Whether the first error came: then only Close helps.
+  bool HasFailed();
+
   void SetRate(int64_t bytes_per_s);
 
  private:

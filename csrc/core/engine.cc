@@ -88,11 +88,18 @@ bool Engine::Close(int64_t timeout_ms) {
     if (pthread_timedjoin_np(threads_.back(), nullptr, &until) != 0) return false;
     threads_.pop_back();
   }
-  for (auto& [device, stage] : stages_) {
+  std::map<int64_t, std::shared_ptr<DeviceStage>> stages;
+  {
+    const Lock lock(mutex_);
+    stages = stages_;
+  }
+  for (auto& [device, stage] : stages) {
     if (!stage->Close(timeout_ms)) return false;
   }
-  stages_.clear();
+  const std::lock_guard<std::mutex> opening(devices_mutex_);
   pinner_.reset();
+  const Lock lock(mutex_);
+  stages_.clear();
   return true;
 }
 
@@ -117,60 +124,6 @@ Status Engine::Reserve(int64_t size_bytes) {
   return status;
 }
 
-void Engine::PinArena() {
-  const std::lock_guard<std::mutex> opening(devices_mutex_);
-  if (pinner_ == nullptr) return;
-  std::vector<Arena::Region> regions;
-  {
-    const Lock lock(mutex_);
-    regions = arena_.regions();
-  }
-  for (; num_pinned_ < regions.size(); ++num_pinned_) {
-    const Arena::Region& region = regions[num_pinned_];
-    const Status status = pinner_->Pin(region.address, static_cast<int64_t>(region.size_bytes));
-    if (!status.ok()) pin_problem_ = status.message();  // Slower, and as good.
-  }
-}
-
-DeviceStage* Engine::StageOf(int64_t device) {
-  const Lock lock(mutex_);
-  const auto found = stages_.find(device);
-  return found == stages_.end() ? nullptr : found->second.get();
-}
-
-Status Engine::PrepareDevices(const SaveTable& table, std::span<const DeviceStream> streams) {
-  std::vector<int64_t> devices;
-  for (const Payload& payload : table.payloads) {
-    if (payload.device >= 0) devices.push_back(payload.device);
-  }
-  std::sort(devices.begin(), devices.end());
-  devices.erase(std::unique(devices.begin(), devices.end()), devices.end());
-  for (const int64_t device : devices) {
-    const auto stream = std::find_if(streams.begin(), streams.end(),
-                                     [&](const DeviceStream& s) { return s.device == device; });
-    if (stream == streams.end()) {
-      return Status::Invalid("no stream of CUDA device " + std::to_string(device) +
-                             " was given, but it holds arrays; this is an error of the caller.");
-    }
-    std::unique_lock<std::mutex> opening(devices_mutex_);
-    DeviceStage* stage = StageOf(device);
-    if (stage == nullptr) {
-      std::shared_ptr<Device> opened;
-      if (Status s = Device::Open(static_cast<int>(device), &opened); !s.ok()) return s;
-      std::unique_ptr<DeviceStage> made;
-      if (Status s = DeviceStage::Open(opened, DeviceStageOptions(), &made); !s.ok()) return s;
-      if (pinner_ == nullptr) pinner_ = opened;
-      stage = made.get();
-      const Lock lock(mutex_);
-      stages_[device] = std::move(made);
-    }
-    opening.unlock();
-    if (Status s = stage->After(static_cast<uint64_t>(stream->stream)); !s.ok()) return s;
-  }
-  if (!devices.empty()) PinArena();
-  return Status::Ok();
-}
-
 Status Engine::Begin(std::span<const int64_t> numbers, std::span<const int64_t> file_bytes,
                      bool check_all, int64_t* ticket, std::span<const DeviceStream> streams) {
   if (Status status = CheckProcess(); !status.ok()) return status;
@@ -179,7 +132,12 @@ Status Engine::Begin(std::span<const int64_t> numbers, std::span<const int64_t> 
     return status;
   }
   SaveTable& table = made->table;
-  if (Status status = PrepareDevices(table, streams); !status.ok()) return status;
+  for (const Payload& payload : table.payloads) {
+    if (payload.device >= 0) made->devices.push_back(payload.device);
+  }
+  std::sort(made->devices.begin(), made->devices.end());
+  made->devices.erase(std::unique(made->devices.begin(), made->devices.end()), made->devices.end());
+  if (Status status = PrepareDevices(made->devices, streams); !status.ok()) return status;
   made->crcs.resize(static_cast<size_t>(table.num_chunks));
   made->files.resize(file_bytes.size());
   made->groups_of.resize(table.extents.size());
@@ -237,7 +195,12 @@ bool Engine::WaitStaged(int64_t id, int64_t group, int64_t timeout_ms,
   Lock lock(mutex_);
   const std::shared_ptr<Ticket> ticket = Find(id);
   if (ticket == nullptr) return true;
-  bool holds_back = !streams.empty();
+  bool holds_back =
+      !ticket->devices.empty() &&
+      std::all_of(ticket->devices.begin(), ticket->devices.end(), [&](int64_t device) {
+        return std::any_of(streams.begin(), streams.end(),
+                           [&](const DeviceStream& s) { return s.device == device; });
+      });
   while (true) {
     if (IsStaged(*ticket, group, holds_back)) {
       // Where a device fails, its copies are waited for, as those of any failed save.
@@ -245,7 +208,7 @@ bool Engine::WaitStaged(int64_t id, int64_t group, int64_t timeout_ms,
       lock.unlock();
       Status status;
       for (const DeviceStream& stream : streams) {
-        DeviceStage* stage = StageOf(stream.device);
+        const std::shared_ptr<DeviceStage> stage = StageOf(stream.device);
         if (stage != nullptr && status.ok()) {
           status = stage->Fence(static_cast<uint64_t>(stream.stream));
         }
@@ -316,31 +279,6 @@ void Engine::Copy(Lock* lock, const Work& work, Scratch* scratch) {
   }
   Unblock(lock, &ticket, work.extent);
   if (!on_device || !is_whole || --extent.num_pending == 0) FinishCopy(&ticket, work.extent);
-}
-
-void Engine::HandToDevices(const std::shared_ptr<Ticket>& ticket, uint32_t index, uint8_t* dst) {
-  const Extent& extent = ticket->table.extents[index];
-  const std::vector<int64_t> devices = DevicesOf(ticket->table, extent);
-  auto arrived = [this, ticket, index](const Status& status) {
-    const Lock lock(mutex_);
-    if (!status.ok()) {
-      Fail(ticket.get(), {FailureKind::kDevice, -1, -1, 0, status.message()});
-    }
-    if (--ticket->table.extents[index].num_pending == 0) FinishCopy(ticket.get(), index);
-  };
-  {
-    const Lock lock(mutex_);
-    // The copying thread counts, too: it looks at the guards before the extent is done.
-    ticket->table.extents[index].num_pending = 1 + static_cast<int>(devices.size());
-  }
-  Status status;
-  for (const int64_t device : devices) {
-    std::vector<DeviceBatch> batches;
-    batches.push_back({DeviceCopies(ticket->table, extent, device, dst), arrived});
-    if (status.ok()) status = StageOf(device)->Add(std::move(batches));
-    // What was handed over before still arrives, and the last to arrive frees the slot.
-    if (!status.ok()) arrived(status);
-  }
 }
 
 // What this extent kept a fence waiting for is over.
@@ -688,12 +626,6 @@ void Engine::SetPaused(bool is_paused) {
   Lock lock(mutex_);
   is_paused_ = is_paused;
   copy_ready_.notify_all();
-}
-
-std::string Engine::PinProblem() {
-  if (!CheckProcess().ok()) return "";
-  const std::lock_guard<std::mutex> opening(devices_mutex_);
-  return pin_problem_;
 }
 
 EngineStats Engine::Stats() {

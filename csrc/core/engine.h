@@ -98,7 +98,8 @@ class Engine {
 
   // Waits until nothing reads arrays of `group` any more, copying itself. False after timeout_ms;
   // 0 only asks, and copies nothing. With `streams` the host does not wait for devices: what is
-  // queued on those streams from now on waits for the copies instead.
+  // queued on those streams from now on waits for the copies instead, if there is one for each
+  // device of the save.
   bool WaitStaged(int64_t ticket, int64_t group, int64_t timeout_ms,
                   std::span<const DeviceStream> streams = {});
 
@@ -159,6 +160,7 @@ class Engine {
     SaveTable table;
     std::map<int64_t, Group> groups;
     std::vector<std::vector<int64_t>> groups_of;  // By extent.
+    std::vector<int64_t> devices;
     std::deque<File> files;
     std::vector<uint32_t> crcs;
     std::vector<uint32_t> expected_crcs;  // With check_all.
@@ -187,10 +189,11 @@ class Engine {
   void HandToDevices(const std::shared_ptr<Ticket>& ticket, uint32_t extent, uint8_t* dst);
   void Unblock(Lock* lock, Ticket* ticket, uint32_t extent);
   void FinishCopy(Ticket* ticket, uint32_t extent);
-  // Opens the devices of a table, pins the arena for them, and orders their copies after `streams`.
-  Status PrepareDevices(const SaveTable& table, std::span<const DeviceStream> streams);
+  // Opens devices, pins the arena for them, and orders their copies after `streams`.
+  Status PrepareDevices(const std::vector<int64_t>& devices, std::span<const DeviceStream> streams);
   void PinArena();
-  DeviceStage* StageOf(int64_t device);
+  std::shared_ptr<DeviceStage> StageOf(int64_t device);
+  Status OpenStage(int64_t device, std::shared_ptr<DeviceStage>* out);
   bool TakeWrite(Work* out);
   void Write(Lock* lock, const Work& work);
   void WaitForRate(Lock* lock, const Ticket& ticket, int64_t size_bytes);
@@ -217,8 +220,8 @@ class Engine {
   int64_t last_write_bytes_ = 0;
   int64_t written_bytes_ = 0;
   std::vector<pthread_t> threads_;
-  std::mutex devices_mutex_;  // Of the opening and pinning; never held with mutex_.
-  std::map<int64_t, std::unique_ptr<DeviceStage>> stages_;  // Guarded by mutex_; only grows.
+  std::mutex devices_mutex_;  // Of the opening and pinning; taken before mutex_.
+  std::map<int64_t, std::shared_ptr<DeviceStage>> stages_;  // Guarded by mutex_.
   std::shared_ptr<Device> pinner_;                          // Guarded by devices_mutex_, as below.
   size_t num_pinned_ = 0;                                   // Regions of the arena.
   std::string pin_problem_;

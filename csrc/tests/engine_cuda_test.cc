@@ -229,6 +229,13 @@ TEST(EngineSurvivesADeviceThatFails) {
     world.Expect(engine->FailureOf(save.ticket()).kind == FailureKind::kDevice,
                  "copy " + std::to_string(nth) + " failed and the save did not");
     world.Expect(engine->Release(save.ticket(), kLongMs), "release");
+    // The device works again, and so do its saves.
+    DeviceSave again(&world);
+    again.AddDevice(world.NewArray(kMiB, compute), kMiB, 1);
+    world.ExpectOk(again.Begin(engine.get(), {On(compute)}), "begin after the failure");
+    again.TakeAll(engine.get());
+    again.ExpectWhole(engine.get());
+    world.Expect(engine->Release(again.ticket(), kLongMs), "release");
     // Saves of host arrays go on.
     DeviceSave host(&world);
     const std::vector<uint8_t> bytes(100'000, 7);
@@ -239,6 +246,26 @@ TEST(EngineSurvivesADeviceThatFails) {
     world.Expect(engine->Release(host.ticket(), kLongMs), "release");
     Finish(&world, std::move(engine));
   }
+}
+
+// A stream is missing for one of two devices: nobody holds it back, so the host waits for both.
+TEST(EngineWaitsItselfForADeviceWithoutAStream) {
+  if (testing::IsRealCuda()) return;
+  World world(2, kSeeded, 7);
+  const uint64_t compute = world.NewStream(false);
+  const uint64_t other = world.NewStream(false, 1);
+  auto engine = MakeEngine(&world, 32 * kMiB);
+  DeviceSave save(&world);
+  save.AddDevice(world.NewArray(kMiB, compute), kMiB, 1);
+  save.AddDevice(world.NewArray(kMiB, other, 1), kMiB, 1, 1);
+  world.ExpectOk(save.Begin(engine.get(), {On(compute), On(other, 1)}), "begin");
+  const std::vector<DeviceStream> one{On(compute)};
+  world.Expect(engine->WaitStaged(save.ticket(), 1, kLongMs, one), "fence");
+  world.Expect(engine->WaitStaged(save.ticket(), 1, 0), "the host did not wait");
+  save.TakeAll(engine.get());
+  save.ExpectWhole(engine.get());
+  world.Expect(engine->Release(save.ticket(), kLongMs), "release");
+  Finish(&world, std::move(engine));
 }
 
 TEST(EngineGoesOnUnpinnedAndWantsAStream) {
