@@ -13,6 +13,7 @@ PerRankRule: TypeAlias = Literal["error", "rank0", "drop"]
 or leave the target as it is."""
 
 MIN_STAGING_BYTES: Final = 16 << 20
+MIN_WRITE_BYTES_PER_S: Final = 1 << 20
 
 PER_RANK_RULES: Final[tuple[PerRankRule, ...]] = ("error", "rank0", "drop")
 
@@ -104,7 +105,8 @@ class Staging:
             40 % of the memory limit, shared by the ranks of the host.
         check_copies: For debugging: compare every copy with the arrays as they were when the save
             began, at the price of reading them once more inside `save`.
-        write_bytes_per_s: Most bytes per second that this rank writes; None for no limit.
+        write_bytes_per_s: Most bytes per second that this rank writes, at least 1 MiB; None for no
+            limit.
         max_inflation: How much longer steps may take while a save is written; above it the writing
             is slowed down. None never slows it down.
         cpus: Processors the background threads may run on; empty for all.
@@ -128,8 +130,11 @@ class Staging:
                 f"staging_bytes is {self.staging_bytes}; a ring needs at least "
                 f"{MIN_STAGING_BYTES} (two extents of 8 MiB)"
             )
-        if self.write_bytes_per_s is not None and self.write_bytes_per_s < 1:
-            raise ValueError(f"write_bytes_per_s is {self.write_bytes_per_s}; use 1 or more")
+        if self.write_bytes_per_s is not None and self.write_bytes_per_s < MIN_WRITE_BYTES_PER_S:
+            raise ValueError(
+                f"write_bytes_per_s is {self.write_bytes_per_s}; use at least "
+                f"{MIN_WRITE_BYTES_PER_S}: slower, one extent of 8 MiB looks like a disk that hangs"
+            )
         if self.max_inflation is not None and self.max_inflation <= 1:
             raise ValueError(f"max_inflation is {self.max_inflation}; use a ratio above 1")
         if any(cpu < 0 for cpu in self.cpus):

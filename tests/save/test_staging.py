@@ -7,7 +7,7 @@ import os
 import subprocess
 import sys
 import threading
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
@@ -476,3 +476,17 @@ def test_the_pure_path_writes_the_same_shard_bytes(tmp_path: Path) -> None:
         )
     assert len(shards[0]) == 2
     assert shards[0] == shards[1]
+
+
+@pytest.mark.parametrize(
+    ("options", "complaint"),
+    [
+        ({"staging_bytes": 1}, "staging_bytes is 1;"),
+        ({"write_bytes_per_s": 1 << 19}, "write_bytes_per_s is 524288;"),
+        ({"max_inflation": 1.0}, r"max_inflation is 1\.0;"),
+        ({"cpus": (0, -1)}, r"cpus is \[0, -1\];"),
+    ],
+)
+def test_options_that_make_no_sense_are_refused(options: dict[str, Any], complaint: str) -> None:
+    with pytest.raises(ValueError, match=complaint):
+        Staging(**options)

@@ -523,15 +523,13 @@ class Saver:
         if answer.plan == job.plan_digest:
             return
         # Another rank's structure is new. This rank has staged by the old plan; it may go on if its
-        # part
-        # did not change.
+        # part did not change.
         plan = rank_plan(self._planner.fetch_plan(answer.plan), job.leaves, job.round.rank)
         if plan != job.plan:
             self._rank_plan = None
             raise SaveFailedError(
                 f"{job.round.what}: the state's structure changed on other ranks only, so rank "
-                f"{job.round.rank} "
-                "staged by the old plan. The next save plans anew."
+                f"{job.round.rank} staged by the old plan. The next save plans anew."
             )
         self._plan_digest = answer.plan
 
