@@ -46,6 +46,8 @@ Status Engine::Create(const EngineOptions& options, std::unique_ptr<Engine>* out
   sigset_t all;
   sigset_t before;
   sigfillset(&all);
+  // But for faults: a blocked one ends the process, whatever handler there is.
+  for (const int fault : {SIGSEGV, SIGBUS, SIGFPE, SIGILL}) sigdelset(&all, fault);
   pthread_sigmask(SIG_SETMASK, &all, &before);
   int error = 0;
   for (int64_t i = 0; i < options.num_copy_threads + options.num_flush_threads; ++i) {

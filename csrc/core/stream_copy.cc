@@ -34,12 +34,12 @@ uint32_t MemcpyCopyAndCrc(uint32_t initial, void* dst, const void* src, size_t s
 
 constexpr StreamCopyPath kPaths[] = {
 #if defined(__x86_64__)
-    {"avx512", stream::HasVpclmul, stream::CopyVpclmul, stream::CopyAndCrcVpclmul},
-    {"avx2", stream::HasThreeWay, stream::CopyThreeWay, stream::CopyAndCrcThreeWay},
+    {"avx512", stream::HasVpclmul, stream::CopyVpclmul, stream::CopyAndCrcVpclmul, true},
+    {"avx2", stream::HasThreeWay, stream::CopyThreeWay, stream::CopyAndCrcThreeWay, false},
 #elif defined(__aarch64__)
-    {"armv8", stream::HasThreeWay, stream::CopyThreeWay, stream::CopyAndCrcThreeWay},
+    {"armv8", stream::HasThreeWay, stream::CopyThreeWay, stream::CopyAndCrcThreeWay, false},
 #endif
-    {"memcpy", [] { return true; }, MemcpyCopy, MemcpyCopyAndCrc},
+    {"memcpy", [] { return true; }, MemcpyCopy, MemcpyCopyAndCrc, false},
 };
 
 const StreamCopyPath& ChoosePath() {
@@ -67,6 +67,8 @@ uint32_t CopyAndCrc(uint32_t initial, void* dst, const void* src, size_t size_by
   if (size_bytes < kStreamFromBytes) return MemcpyCopyAndCrc(initial, dst, src, size_bytes);
   return ChosenPath().copy_and_crc(initial, dst, src, size_bytes);
 }
+
+bool CopyAndCrcReadsOnce() { return ChosenPath().reads_once; }
 
 void StreamCopy(void* dst, const void* src, size_t size_bytes) {
   if (size_bytes < kStreamFromBytes) return MemcpyCopy(dst, src, size_bytes);

@@ -18,6 +18,10 @@ namespace shardckpt {
 // handed to another thread like any memory.
 uint32_t CopyAndCrc(uint32_t initial, void* dst, const void* src, size_t size_bytes);
 
+// Whether CopyAndCrc loads each byte once when `dst` is aligned to 64 bytes and the size is a
+// multiple of 4096: then the checksum is that of what was stored, though `src` changes meanwhile.
+bool CopyAndCrcReadsOnce();
+
 // The same without a checksum.
 void StreamCopy(void* dst, const void* src, size_t size_bytes);
 
@@ -30,6 +34,7 @@ struct StreamCopyPath {
   bool (*is_supported)();
   void (*copy)(void* dst, const void* src, size_t size_bytes);
   uint32_t (*copy_and_crc)(uint32_t initial, void* dst, const void* src, size_t size_bytes);
+  bool reads_once;  // See CopyAndCrcReadsOnce.
 };
 
 // All paths in this build, fastest first; the last one, "memcpy", runs everywhere.

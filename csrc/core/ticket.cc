@@ -11,6 +11,7 @@
 
 #include "core/arena.h"
 #include "core/crc32c.h"
+#include "core/guarded.h"
 #include "core/stream_copy.h"
 
 namespace shardckpt {
@@ -192,31 +193,53 @@ void ForEachChunk(int64_t first, int64_t last, Use use) {
   }
 }
 
+struct Chunk {
+  uint8_t* dst;
+  const uint8_t* src;
+  size_t size_bytes;
+  uint32_t crc;
+};
+
+void CopyChunk(void* told) {
+  Chunk& chunk = *static_cast<Chunk*>(told);
+  chunk.crc = CopyAndCrc(0, chunk.dst, chunk.src, chunk.size_bytes);
+}
+
+// Copies a chunk of which any byte may go away or change meanwhile; the checksum is that of what
+// was stored. False where it went away.
+bool CopyLateChunk(Chunk* chunk, bool may_fault, Scratch* scratch) {
+  const bool is_whole =
+      chunk->size_bytes % kHeaderBytes == 0 && reinterpret_cast<uintptr_t>(chunk->dst) % 64 == 0;
+  if (may_fault && is_whole) {
+    return ReadGuarded(chunk->src, chunk->size_bytes, CopyChunk, chunk);
+  }
+  const ReadResult result = ReadSafely(scratch->data(), chunk->src, chunk->size_bytes);
+  if (result == ReadResult::kGone) return false;
+  if (result == ReadResult::kRefused) {
+    // Neither way is there: the caller's promise of a fence is all that is left.
+    std::memcpy(scratch->data(), chunk->src, chunk->size_bytes);
+  }
+  chunk->src = scratch->data();
+  CopyChunk(chunk);
+  return true;
+}
+
 // Returns whether the piece was copied whole and unchanged.
 bool CopyLazy(const SaveTable& table, const Piece& piece, uint8_t* dst, uint32_t* crcs,
               Scratch* scratch, Copied* out) {
   const Payload& payload = table.payloads[piece.payload];
+  const bool may_fault = CopyAndCrcReadsOnce() && CanCatchFaults();
+  // In runs: one call of the kernel for each chunk is cheap, one look at the witnesses is not.
   for (int64_t block = piece.first; block < piece.last;) {
-    const int64_t end = std::min(piece.last, (block / Scratch::kBytes + 1) * Scratch::kBytes);
-    const uint8_t* data = scratch->data();
-    switch (ReadSafely(scratch->data(), payload.src + block, static_cast<size_t>(end - block))) {
-      case ReadResult::kOk:
-        break;
-      case ReadResult::kGone:
-        out->is_gone = true;
-        out->torn_payload = piece.payload;
-        return false;
-      case ReadResult::kRefused:
-        data = payload.src + block;
-    }
+    const int64_t end = std::min(piece.last, (block / kBlockBytes + 1) * kBlockBytes);
     ForEachChunk(block, end, [&](int64_t at, int64_t size) {
-      const uint32_t crc =
-          CopyAndCrc(0, dst + (at - piece.first), data + (at - block), static_cast<size_t>(size));
-      StoreCrc(payload, at, size, crc, crcs, &out->tails);
+      if (out->is_gone) return;
+      Chunk chunk{dst + (at - piece.first), payload.src + at, static_cast<size_t>(size), 0};
+      out->is_gone = !CopyLateChunk(&chunk, may_fault, scratch);
+      StoreCrc(payload, at, size, chunk.crc, crcs, &out->tails);
     });
-    // Of what was stored: the bounce block is private, so it is what the slot holds.
-    const uint8_t* stored = data == scratch->data() ? data : dst + (block - piece.first);
-    if (!Matches(table, payload, block, end, stored)) {
+    // Of what was stored, which nobody else writes.
+    if (out->is_gone || !Matches(table, payload, block, end, dst + (block - piece.first))) {
       out->torn_payload = piece.payload;
       return false;
     }
