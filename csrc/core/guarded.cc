@@ -2,6 +2,7 @@
 
 #include <setjmp.h>
 #include <signal.h>
+#include <ucontext.h>
 
 #include <atomic>
 #include <cstdint>
@@ -27,6 +28,8 @@ void Handle(int signal, siginfo_t* info, void* context) {
   const auto* at = static_cast<const uint8_t*>(info->si_addr);
   if (guarded != nullptr && at >= guarded->begin && at < guarded->end) {
     current = nullptr;
+    // As the fault found it: the jump skips the return that would restore it.
+    pthread_sigmask(SIG_SETMASK, &static_cast<ucontext_t*>(context)->uc_sigmask, nullptr);
     siglongjmp(guarded->jump, 1);
   }
   const struct sigaction& before = signal == SIGBUS ? before_bus : before_segv;
@@ -53,8 +56,7 @@ bool CanCatchFaults() {
   std::call_once(once, [] {
     struct sigaction ours{};
     ours.sa_sigaction = Handle;
-    // Not deferred: the jump out of the handler leaves the thread's mask as it is.
-    ours.sa_flags = SA_SIGINFO | SA_ONSTACK | SA_NODEFER;
+    ours.sa_flags = SA_SIGINFO | SA_ONSTACK;
     sigemptyset(&ours.sa_mask);
     sigaction(SIGSEGV, &ours, &before_segv);
     sigaction(SIGBUS, &ours, &before_bus);
