@@ -447,6 +447,9 @@ void* Engine::RunWrites(void* opaque) {
 
 // The training's own threads go first; at a fence they copy what is left themselves.
 void Engine::LowerPriority() const {
+  // A batch thread that wakes takes the processor from nobody: the save that woke it is not over.
+  const sched_param none{};
+  sched_setscheduler(0, SCHED_BATCH, &none);
   setpriority(PRIO_PROCESS, static_cast<id_t>(syscall(SYS_gettid)), kNice);
   if (options_.cpus.empty()) return;
   cpu_set_t set;
