@@ -43,6 +43,7 @@ from shardckpt.retention import to_drop
 from shardckpt.save.commit import Described
 from shardckpt.save.saver import OnBusy, SaveHandle, Saver
 from shardckpt.schedule import Schedule
+from shardckpt.staging.collector import no_garbage_collection
 from shardckpt.staging.engine import EVERY_GROUP
 
 if TYPE_CHECKING:
@@ -469,7 +470,7 @@ def _read(
     together: Together,
 ) -> tuple[OpenCheckpoint, LoadStats]:
     """Open what was chosen and fill the state under its lease; the files are closed on return."""
-    with Renewing(lease):
+    with Renewing(lease), no_garbage_collection():
         try:
             checkpoint = OpenCheckpoint(storage, chosen.attempt, chosen.manifest)
         except Exception as error:

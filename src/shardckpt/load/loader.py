@@ -37,7 +37,6 @@ from shardckpt.load.together import (
     all_linked,
     gathered,
 )
-from shardckpt.staging.collector import no_garbage_collection
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -120,19 +119,18 @@ def load_state(
         PoisonError: Any failure after the first change.
     """
     try:
-        with no_garbage_collection():
-            saved, refused = saved_state(checkpoint, round_.rank, round_.world_size, options)
-            targets = backend.targets(state, saved, only=options.only)
-            step, url = checkpoint.manifest.step, checkpoint.storage.url
-            raise_mismatch(
-                step, url,
-                mismatches(
-                    saved, targets, strict=options.strict, cast=options.cast, only=options.only,
-                    refused_per_rank=refused,
-                ),
-            )  # fmt: skip
-            filling = _Filling(backend, targets, saved, checkpoint, options)
-            meeting = Meeting(filling.plan, round_.rank, together)
+        saved, refused = saved_state(checkpoint, round_.rank, round_.world_size, options)
+        targets = backend.targets(state, saved, only=options.only)
+        step, url = checkpoint.manifest.step, checkpoint.storage.url
+        raise_mismatch(
+            step, url,
+            mismatches(
+                saved, targets, strict=options.strict, cast=options.cast, only=options.only,
+                refused_per_rank=refused,
+            ),
+        )  # fmt: skip
+        filling = _Filling(backend, targets, saved, checkpoint, options)
+        meeting = Meeting(filling.plan, round_.rank, together)
     except Exception as error:
         round_.fail(error)
         raise
@@ -177,8 +175,7 @@ def _read(meeting: Meeting, plan: LoadPlan, round_: Round) -> LoadStats:
         ShardckptError: A read failed here or elsewhere.
     """
     try:
-        with no_garbage_collection():
-            read_bytes = meeting.run(round_)
+        read_bytes = meeting.run(round_)
     except PeersFailedError:
         failure = round_.wait(
             "error", Failure, what="the error of the rank that failed", heed_errors=False

@@ -387,6 +387,7 @@ class Saver:
         free = self._engine.stats()[1] * SLOT_BYTES
         return len(under_way) >= _MAX_IN_FLIGHT or free < self._rank_plan.image_bytes
 
+    @no_garbage_collection()
     def _stage(
         self,
         step: int,
@@ -396,12 +397,11 @@ class Saver:
         handle: SaveHandle,
         started: float,
     ) -> _Job:
-        with no_garbage_collection():
-            tree = self._backend.describe(state)
-            plan = self._rank_plan
-            data, structure = b"", self._structure
-            if self._known is None or plan is None or not has_structure_of(tree, self._known):
-                data, structure = encode_structure(structure_of(tree))
+        tree = self._backend.describe(state)
+        plan = self._rank_plan
+        data, structure = b"", self._structure
+        if self._known is None or plan is None or not has_structure_of(tree, self._known):
+            data, structure = encode_structure(structure_of(tree))
         answer: Answer | None = None
         is_new = structure != self._structure or plan is None
         if is_new:
@@ -418,11 +418,10 @@ class Saver:
             self._known = without_data(tree)
         assert plan is not None
         assert self._known is not None
-        with no_garbage_collection():
-            staged = stage(
-                self._engine, plan, tree.leaves, self._backend,
-                overlap=self._overlaps, check_copies=self._options.check_copies,
-            )  # fmt: skip
+        staged = stage(
+            self._engine, plan, tree.leaves, self._backend,
+            overlap=self._overlaps, check_copies=self._options.check_copies,
+        )  # fmt: skip
         if staged.devices and not self._told_of_pins:
             self._told_of_pins = True
             if problem := self._engine.pin_problem():

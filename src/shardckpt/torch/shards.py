@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final, final
 from weakref import ref
 
+import msgspec
 import torch
 
 from shardckpt.errors import UnsupportedStateError
@@ -34,8 +35,7 @@ class _Mesh:
     ranks: tuple[int, ...]
 
 
-@dataclass(frozen=True, slots=True)
-class _Known:
+class _Known(msgspec.Struct, frozen=True, gc=False):
     """What was found of one tensor, and all that it followed from; keeps no tensor alive."""
 
     key: str
