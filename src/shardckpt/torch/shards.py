@@ -7,7 +7,7 @@ none. Nothing is copied and nobody is asked.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Final, final
+from typing import TYPE_CHECKING, Any, Final, TypeAlias, final
 from weakref import ref
 
 import msgspec
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
 _MAX_CACHED: Final = 1 << 17
+_Placement: TypeAlias = tuple[int, object, torch.Size, torch.dtype]
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,6 +103,7 @@ class Leaves:
         self._distinct: dict[tuple[int, tuple[tuple[int, ...], ...]], MeshLayout] = {}
         self._boxes: dict[tuple[int, Shape], Box | None] = {}
         self._specs: dict[tuple[Shape, torch.dtype], tuple[ArraySpec, Box]] = {}
+        self._placed: dict[_Placement, tuple[ArraySpec, MeshLayout, Box | None]] = {}
         self._known: dict[str, _Known] = {}
 
     def begin(self) -> None:
@@ -109,12 +111,13 @@ class Leaves:
         rank = _global_rank()
         if rank != self._rank:
             self._boxes.clear()
+            self._placed.clear()
             self._known.clear()
         self._rank = rank
         self._dtensor = dtensor_class()
         self._mesh_by_id.clear()
         caches: tuple[dict[Any, Any], ...] = (
-            self._known, self._layouts, self._boxes, self._specs,
+            self._known, self._layouts, self._boxes, self._specs, self._placed,
         )  # fmt: skip
         if max(map(len, caches)) > _MAX_CACHED:
             for cache in (*caches, self._meshes, self._distinct):
@@ -179,16 +182,23 @@ class Leaves:
                 shape than they say.
         """
         check_storable(local, key)
-        layout, shape = self.layout_of(key, like), tuple(like.shape)
-        spec, _ = self._spec(key, shape, local.dtype)
-        box = self.local_box(layout, shape)
+        mesh = self._mesh(like.device_mesh)
+        # Meshes live as long as this cache, so their ids stay theirs.
+        placement = (id(mesh), like.placements, like.shape, local.dtype)
+        placed = self._placed.get(placement)
+        if placed is None:
+            shape = tuple(like.shape)
+            layout = self._layout(key, mesh, like.placements, like.ndim)
+            spec, _ = self._spec(key, shape, local.dtype)
+            placed = self._placed[placement] = (spec, layout, self.local_box(layout, shape))
+        spec, layout, box = placed
         if box is None or (not box.num_elements and not local.numel()):
             return Leaf(key, spec, role, layout, ())
         if local.shape != box.shape:
             raise UnsupportedStateError(
                 f"{key}: rank {self._rank} holds a local tensor of shape {list(local.shape)}, "
                 "but placements "
-                f"{like.placements} of {list(shape)} on a mesh of {layout.mesh_shape} mean "
+                f"{like.placements} of {list(like.shape)} on a mesh of {layout.mesh_shape} mean "
                 f"{list(box.shape)}. "
                 "Make the DTensor with distribute_tensor or fully_shard."
             )
