@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import datetime
 import itertools
+import os
+import sys
 from typing import TYPE_CHECKING, Any
 from unittest import mock
 
@@ -99,6 +101,13 @@ def join(rank: int, world_size: int, port: int) -> None:
     )
 
 
+def leave() -> None:
+    """End this rank's process without taking Python down, which torch's gloo threads may abort."""
+    dist.destroy_process_group()
+    sys.stdout.flush()
+    os._exit(0)
+
+
 def train(model: nn.Module, optimizer: torch.optim.Optimizer, steps: int) -> None:
     # Every rank sees the same batch: tensor-parallel ranks must, or their replicas drift apart.
     generator = torch.Generator().manual_seed(5)
@@ -176,7 +185,7 @@ def reshard_everywhere(rank: int, world_size: int, port: int, root: str) -> None
         assert found.keys() == saved[source].keys(), (source, target)
         for key, value in found.items():
             assert torch.equal(value, saved[source][key]), f"{source} -> {target}: {key}"
-    dist.destroy_process_group()
+    leave()
 
 
 def load_elsewhere(rank: int, world_size: int, port: int, root: str, expected: str) -> None:
@@ -190,7 +199,7 @@ def load_elsewhere(rank: int, world_size: int, port: int, root: str, expected: s
         found = full_values(state["model"], state["optimizer"])
         for key, value in found.items():
             assert torch.equal(value, values[key]), f"{source} on {world_size}: {key}"
-    dist.destroy_process_group()
+    leave()
 
 
 def save_each_layout(rank: int, world_size: int, port: int, root: str, expected: str) -> None:
@@ -205,7 +214,7 @@ def save_each_layout(rank: int, world_size: int, port: int, root: str, expected:
             checkpointer.save(1, state)
     if rank == 0:
         torch.save(saved, expected)
-    dist.destroy_process_group()
+    leave()
 
 
 COLLECTIVES = (
@@ -261,7 +270,7 @@ def save_without_collectives(rank: int, world_size: int, port: int, root: str) -
         finally:
             for patch in patches:
                 patch.stop()
-    dist.destroy_process_group()
+    leave()
 
 
 def copies_wait_for_steps(rank: int, world_size: int, port: int) -> None:
@@ -285,4 +294,4 @@ def copies_wait_for_steps(rank: int, world_size: int, port: int) -> None:
         save.fences.close()
         train(state["model"], state["optimizer"], steps=1)
         assert save.torn() != [], kind
-    dist.destroy_process_group()
+    leave()

@@ -280,6 +280,10 @@ def _rank_main(
         pipe.send(("failed", (time.monotonic(), traceback.format_exc())))
         raise
     _barrier(pipe, result)
+    if "torch" in sys.modules:
+        # Its gloo threads may abort a process that takes Python down.
+        sys.stdout.flush()
+        os._exit(0)
 
 
 def _barrier(pipe: Connection, value: object) -> None:
