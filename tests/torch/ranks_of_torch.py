@@ -6,6 +6,7 @@ import datetime
 import itertools
 import os
 import sys
+import time
 from typing import TYPE_CHECKING, Any
 from unittest import mock
 
@@ -102,8 +103,17 @@ def join(rank: int, world_size: int, port: int) -> None:
 
 
 def leave() -> None:
-    """End this rank's process without taking Python down, which torch's gloo threads may abort."""
-    dist.destroy_process_group()
+    """End this rank's process without taking Python down, which torch's gloo threads may abort.
+
+    Rank 0, which serves the others, goes last.
+    """
+    store = dist.distributed_c10d._get_default_store()
+    rank, others = dist.get_rank(), dist.get_world_size() - 1
+    dist.barrier()
+    if rank != 0:
+        store.add("left", 1)
+    while rank == 0 and store.add("left", 0) < others:
+        time.sleep(0.01)
     sys.stdout.flush()
     os._exit(0)
 
