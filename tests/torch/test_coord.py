@@ -92,6 +92,7 @@ def test_a_server_that_stops_answering_ends_in_a_deadline(
     coord = C10dCoord(client(port), 1, 2, timeout_s=0.5)
     coord.set("key", b"value")
     process.send_signal(signal.SIGSTOP)
+    os.waitpid(process.pid, os.WUNTRACED)  # Until it has stopped: it may still answer before.
     started = time.monotonic()
     with pytest.raises(DeadlineError, match=r"rank 1: .*did not answer 'get key' within 0.5 s"):
         coord.get("key")
