@@ -116,8 +116,8 @@ struct Copied {
 };
 
 // Copies an extent's payloads in host memory to `dst`, zeroes between all of them, and stores the
-// checksum of every chunk that begins here into `crcs`. Lazy payloads are read under guard or by the
-// kernel, so memory that is no longer there ends the copy instead of the process.
+// checksum of every chunk that begins here into `crcs`. Lazy payloads are read under guard or by
+// the kernel, so memory that is no longer there ends the copy instead of the process.
 void CopyExtent(const SaveTable& table, const Extent& extent, uint8_t* dst, uint32_t* crcs,
                 Scratch* scratch, Copied* out);
 
