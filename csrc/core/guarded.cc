@@ -26,7 +26,8 @@ struct sigaction before_bus;
 void Handle(int signal, siginfo_t* info, void* context) {
   Guarded* guarded = current;
   const auto* at = static_cast<const uint8_t*>(info->si_addr);
-  if (guarded != nullptr && at >= guarded->begin && at < guarded->end) {
+  const bool is_fault = info->si_code > 0;  // Else somebody sent it.
+  if (is_fault && guarded != nullptr && at >= guarded->begin && at < guarded->end) {
     current = nullptr;
     // As the fault found it: the jump skips the return that would restore it.
     pthread_sigmask(SIG_SETMASK, &static_cast<ucontext_t*>(context)->uc_sigmask, nullptr);
@@ -38,8 +39,9 @@ void Handle(int signal, siginfo_t* info, void* context) {
   } else if (before.sa_handler != SIG_DFL && before.sa_handler != SIG_IGN) {
     before.sa_handler(signal);
   } else {
-    // The instruction faults again, and the system does what it does.
+    // The instruction faults again, or the signal comes again, and the system does what it does.
     sigaction(signal, &before, nullptr);
+    if (!is_fault) raise(signal);
   }
 }
 

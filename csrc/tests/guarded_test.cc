@@ -86,6 +86,12 @@ TEST(AFaultThatIsNotGuardedIsWhatItWas) {
   EXPECT(!WIFEXITED(inside) || WEXITSTATUS(inside) != 0, "another's fault was swallowed");
 }
 
+TEST(ASignalThatSomebodySentEndsTheProcess) {
+  EXPECT(CanCatchFaults(), "no handler");
+  const int sent = StatusOfChild([] { raise(SIGSEGV); });
+  EXPECT(!WIFEXITED(sent) || WEXITSTATUS(sent) != 0, "a signal was swallowed");
+}
+
 TEST(AHandlerThatTookThePlaceIsNoticed) {
   EXPECT(CanCatchFaults(), "no handler");
   struct sigaction theirs{};
