@@ -6,7 +6,6 @@ import datetime
 import itertools
 import os
 import sys
-import time
 from typing import TYPE_CHECKING, Any
 from unittest import mock
 
@@ -108,12 +107,11 @@ def leave() -> None:
     Rank 0, which serves the others, goes last.
     """
     store = dist.distributed_c10d._get_default_store()
-    rank, others = dist.get_rank(), dist.get_world_size() - 1
     dist.barrier()
-    if rank != 0:
-        store.add("left", 1)
-    while rank == 0 and store.add("left", 0) < others:
-        time.sleep(0.01)
+    if dist.get_rank() == 0:
+        store.wait([f"left/{rank}" for rank in range(1, dist.get_world_size())])
+    else:
+        store.set(f"left/{dist.get_rank()}", b"")
     sys.stdout.flush()
     os._exit(0)
 
