@@ -16,7 +16,11 @@ if TYPE_CHECKING:
 
 @contextmanager
 def no_garbage_collection() -> Iterator[None]:
-    """Pause the cycle collector for the block: plans of many arrays are large and acyclic."""
+    """Pause the cycle collector of the process for the block, waits for other ranks included.
+
+    For whole loads and for what `save` does before it returns: plans of many arrays are large and
+    acyclic, and a pause for parts of it would make the next part pay for all.
+    """
     was_enabled = gc.isenabled()
     gc.disable()
     try:

@@ -103,7 +103,7 @@ class Leaves:
         self._distinct: dict[tuple[int, tuple[tuple[int, ...], ...]], MeshLayout] = {}
         self._boxes: dict[tuple[int, Shape], Box | None] = {}
         self._specs: dict[tuple[Shape, torch.dtype], tuple[ArraySpec, Box]] = {}
-        self._placed: dict[_Placement, tuple[ArraySpec, MeshLayout, Box | None]] = {}
+        self._by_placement: dict[_Placement, tuple[ArraySpec, MeshLayout, Box | None]] = {}
         self._known: dict[str, _Known] = {}
 
     def begin(self) -> None:
@@ -111,13 +111,13 @@ class Leaves:
         rank = _global_rank()
         if rank != self._rank:
             self._boxes.clear()
-            self._placed.clear()
+            self._by_placement.clear()
             self._known.clear()
         self._rank = rank
         self._dtensor = dtensor_class()
         self._mesh_by_id.clear()
         caches: tuple[dict[Any, Any], ...] = (
-            self._known, self._layouts, self._boxes, self._specs, self._placed,
+            self._known, self._layouts, self._boxes, self._specs, self._by_placement,
         )  # fmt: skip
         if max(map(len, caches)) > _MAX_CACHED:
             for cache in (*caches, self._meshes, self._distinct):
@@ -185,12 +185,12 @@ class Leaves:
         mesh = self._mesh(like.device_mesh)
         # Meshes live as long as this cache, so their ids stay theirs.
         placement = (id(mesh), like.placements, like.shape, local.dtype)
-        placed = self._placed.get(placement)
+        placed = self._by_placement.get(placement)
         if placed is None:
             shape = tuple(like.shape)
             layout = self._layout(key, mesh, like.placements, like.ndim)
             spec, _ = self._spec(key, shape, local.dtype)
-            placed = self._placed[placement] = (spec, layout, self.local_box(layout, shape))
+            placed = self._by_placement[placement] = (spec, layout, self.local_box(layout, shape))
         spec, layout, box = placed
         if box is None or (not box.num_elements and not local.numel()):
             return Leaf(key, spec, role, layout, ())
@@ -224,14 +224,6 @@ class Leaves:
         return Leaf(
             key, spec, role, "boxes", tuple(shards), fence if local.is_cpu or local.is_cuda else 0
         )
-
-    def layout_of(self, key: str, dtensor: Any) -> MeshLayout:
-        """Return the layout of a DTensor.
-
-        Raises:
-            UnsupportedStateError: Its placements cannot be stored.
-        """
-        return self.layout_from(key, dtensor.device_mesh, dtensor.placements, dtensor.ndim)
 
     def layout_from(self, key: str, device_mesh: Any, placements: Any, num_dims: int) -> MeshLayout:
         """Return the layout of a DTensor with these placements.
