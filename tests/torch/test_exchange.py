@@ -40,10 +40,7 @@ def test_ranks_of_several_hosts_read_every_byte_once(tmp_path: Path) -> None:
     assert {kind for kind, _, _ in damaged} == {"CorruptCheckpointError"}
     assert len({message.partition("step-")[2] for _, message, _ in damaged}) == 1
     assert sum(message.startswith("step-") for _, message, _ in damaged) == 1
-    # Who found it says so at once. A message that gloo has begun may hold another rank until its
-    # own deadline, on a busy machine.
-    assert min(seconds for _, _, seconds in damaged) < ranks.TIMEOUT_S / 2
-    assert max(seconds for _, _, seconds in damaged) < ranks.TIMEOUT_S * 1.5
+    assert max(seconds for _, _, seconds in damaged) < ranks.TIMEOUT_S / 2
     assert {result["sum"] for result in results} == {0 + 1 + 2 + 3}
     assert all(result["threads"] == [] for result in results)
 

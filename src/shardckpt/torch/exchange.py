@@ -7,6 +7,7 @@ traffic never meets it.
 
 from __future__ import annotations
 
+import time
 import warnings
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, Final, final
@@ -35,6 +36,11 @@ def default_exchange(timeout_s: float) -> Exchange | None:
     return GlooExchange(timeout_s)
 
 
+# Calls of failed loads that their other side may still be in, until the deadline of its call; the
+# next load lets go of them.
+_unended: Final[list[tuple[float, dict[Any, torch.Tensor]]]] = []
+
+
 @final
 class GlooExchange:
     """Sends and receives between the ranks of torch's default group."""
@@ -48,7 +54,7 @@ class GlooExchange:
         self._timeout = timedelta(seconds=timeout_s)
         self._group: Any = None
         # gloo stops reading a connection when the memory of a message is gone, which would keep its
-        # sender inside a call: what was begun is kept until the group goes.
+        # sender inside a call until its deadline: what was begun is kept.
         self._begun: dict[Any, torch.Tensor] = {}
 
     def connect(self) -> None:
@@ -57,6 +63,8 @@ class GlooExchange:
         Raises:
             RuntimeError: Not all ranks came, or they cannot reach each other.
         """
+        now = time.monotonic()
+        _unended[:] = [(deadline, begun) for deadline, begun in _unended if deadline > now]
         self._group = distributed.new_group(backend="gloo", timeout=self._timeout)
 
     def send(self, rank: int, data: memoryview, tag: int) -> Callable[[], None]:
@@ -86,9 +94,15 @@ class GlooExchange:
         distributed.irecv(torch.empty(1, dtype=torch.uint8), rank, self._group, _NEVER_SENT)
 
     def close(self) -> None:
-        """Take the group apart; calls that were begun and not ended go with it. Never raises."""
+        """Take the group apart. Never raises.
+
+        Where a load failed, others may still send what this rank has begun to receive.
+        """
         group, self._group = self._group, None
-        self._begun.clear()
+        if self._begun:
+            deadline = time.monotonic() + self._timeout.total_seconds()
+            _unended.append((deadline, self._begun))
+            self._begun = {}
         if group is not None:
             distributed.destroy_process_group(group)
 
