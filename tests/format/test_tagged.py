@@ -48,7 +48,10 @@ arrays = st.builds(
     st.integers(0, 99),
 )
 values = st.recursive(
-    hashable | st.binary(max_size=8).map(bytearray) | arrays | arrays.map(lambda a: a.sum()),
+    hashable
+    | st.binary(max_size=8).map(bytearray)
+    | arrays
+    | arrays.map(lambda a: a.flat[0] if a.size else a.dtype.type()),
     lambda inner: (
         st.lists(inner, max_size=3)
         | st.lists(inner, max_size=3).map(tuple)
