@@ -187,6 +187,15 @@ def drop_from_cache(directory: Path) -> None:
             os.close(fd)
 
 
+def read_into_cache(directory: Path) -> None:
+    """Bring every file below a directory into the page cache."""
+    for path in directory.rglob("*"):
+        if path.is_file():
+            with path.open("rb", buffering=0) as file:
+                while file.read(8 * MIB):
+                    pass
+
+
 def resident_bytes() -> int:
     """Return this process's memory in RAM, shared memory included: page cache does not count."""
     kinds = ("RssAnon", "RssShmem")
