@@ -12,6 +12,8 @@ from pathlib import Path
 
 import pytest
 
+import shardckpt
+
 PAGE = Path(__file__).parents[2] / "docs" / "MIGRATE.md"
 _BLOCK = re.compile(r"(?:<!-- run: (\w+) -->\n)?```(\w+)\n(.*?)```", re.DOTALL)
 _NEEDS = {"orbax": ("orbax", "optax", "tensorstore"), "jax": ("orbax", "optax"), "dcp": ("torch",)}
@@ -51,6 +53,8 @@ def program(run: str, *, with_front: bool) -> str:
 
 def run_program(source: str, place: Path) -> None:
     environment = {**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONWARNINGS": "ignore"}
+    # The blocks run elsewhere, and may be of a package that is not installed.
+    environment["PYTHONPATH"] = str(Path(shardckpt.__file__).absolute().parents[1])
     environment["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
     done = subprocess.run(
         [sys.executable, "-c", source], cwd=place, env=environment, capture_output=True, text=True,

@@ -128,9 +128,9 @@ class ArrayFolder:
         for chunk in expected:
             if f"{name}/{chunk}" not in names:
                 num_missing, first = num_missing + 1, first or f"{name}/{chunk}"
-        chunk = array.chunk_layout.read_chunk.shape or ()  # None for an array of 0 dims.
+        decoded = array.chunk_layout.read_chunk.shape or ()  # None for an array of 0 dims.
         return StoredArray(
-            name, tuple(array.shape), array.dtype.name, tuple(chunk), num_missing, first
+            name, tuple(array.shape), array.dtype.name, tuple(decoded), num_missing, first
         )
 
     def read(self, wanted: Sequence[tuple[str, Box]]) -> list[np.ndarray[Any, Any]]:
