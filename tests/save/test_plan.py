@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from shardckpt.errors import StateMismatchError
+from shardckpt.format.shard_file import CHUNK_BYTES
 from shardckpt.format.shares import replica_share
 from shardckpt.geometry.layout import MeshLayout
 from shardckpt.save.plan import merge, rank_plan
@@ -85,6 +86,8 @@ def test_a_file_that_would_grow_too_large_is_split() -> None:
     assert len(split.file_bytes) > 2
     assert max(split.file_bytes) <= 4 << 20
     assert sum(p.nbytes for p in split.payloads) == 8 * (2**20 + 2**19)
+    # A reader refuses what does not begin with a chunk.
+    assert all(p.start % CHUNK_BYTES == 0 for p in split.payloads)
 
 
 def test_what_no_fence_protects_stands_together() -> None:

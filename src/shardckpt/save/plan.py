@@ -15,6 +15,7 @@ from shardckpt.errors import StateMismatchError
 from shardckpt.format.manifest import BoxColumn, MeshColumn, layout_column
 from shardckpt.format.shard_file import (
     ALIGNED_FROM_BYTES,
+    CHUNK_BYTES,
     HEADER_BYTES,
     MAX_FILE_BYTES,
     PAGE_BYTES,
@@ -235,7 +236,9 @@ def _place_in_files(
             if offset + (stop - start) > max_file_bytes and ends[-1] > HEADER_BYTES:
                 ends.append(HEADER_BYTES)
                 continue
-            nbytes = min(stop - start, max(ALIGNED_FROM_BYTES, max_file_bytes - offset))
+            # What goes on in the next file begins with a chunk: no checksum spans two payloads.
+            room = (max_file_bytes - offset) // CHUNK_BYTES * CHUNK_BYTES
+            nbytes = min(stop - start, max(ALIGNED_FROM_BYTES, room))
             payloads.append(Payload(leaf, shard, start, nbytes, len(ends) - 1, offset))
             ends[-1] = offset + nbytes
             start += nbytes
