@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import ml_dtypes
 import numpy as np
 import pytest
-from conftest import run_side
+from orbax_process import run_side
 from orbax_side import STEPS, VARIANTS, arrays
 
 from shardckpt.catalog.store import Catalog
@@ -135,6 +135,16 @@ def test_chunks_are_the_shards_and_orbax_reads_them(tmp_path: Path) -> None:
     database = {"driver": "ocdbt", "base": f"file://{item}/", "path": "table/"}
     table = ts.open({"driver": "zarr3", "kvstore": database}, open=True).result()
     assert table.chunk_layout.write_chunk.shape == (7, 40)
+
+
+def test_empty_nodes_that_nobody_saved_are_named_by_the_user(tmp_path: Path) -> None:
+    job = ThreadJob([LocalStorage(tmp_path / "store")])
+    (handle,) = job.each(lambda core, _: core.save(1, {**arrays(), **VALUES}))
+    handle.wait()
+    job.close()
+    named = ["--empty", "opt/1", "--empty", "nothing", "--empty", "empty"]
+    assert run(["convert", str(tmp_path / "store"), str(tmp_path / "out"), *named]) == 0
+    run_side("restore", str(tmp_path / "out" / "1" / "default"))
 
 
 @pytest.mark.parametrize("dtype", ["float8_e4m3fn", "int4", "float8_e8m0fnu", "complex128"])

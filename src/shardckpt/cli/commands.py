@@ -149,6 +149,7 @@ def convert_steps(
     item: str | None,
     to: Kind | None,
     keys: str,
+    empty: Sequence[str],
     progress: Callable[[str], None],
 ) -> Report:
     """Convert from Orbax to a store, or from a store to Orbax.
@@ -157,7 +158,9 @@ def convert_steps(
         ShardckptError: Nothing, or not every step, was converted.
         ValueError: The source is of the kind to be written.
     """
-    done = convert(source, target, step=step, item=item, to=to, keys=keys, progress=progress)
+    done = convert(
+        source, target, step=step, item=item, to=to, keys=keys, empty=empty, progress=progress
+    )
     speed = done.nbytes / max(done.seconds, 1e-9)
     text = (
         f"{target}: {len(done.steps)} steps for {done.to}, {done.num_arrays} arrays, "

@@ -59,7 +59,7 @@ def _dispatch(options: argparse.Namespace) -> Report:
     if options.command == "convert":
         return convert_steps(
             options.source, options.target, step=options.step, item=options.item, to=options.to,
-            keys=options.keys, progress=_progress,
+            keys=options.keys, empty=options.empty, progress=_progress,
         )  # fmt: skip
     return verify_steps(options.store, options.step, quick=options.quick)
 
@@ -106,4 +106,8 @@ def _parser() -> argparse.ArgumentParser:
         "--to", choices=("orbax", "shardckpt"), help="by default what the source is not"
     )
     converting.add_argument("--keys", default="*", help="glob of the keys to convert")
+    converting.add_argument(
+        "--empty", action="append", default=[], metavar="KEY",
+        help="to Orbax: an empty node of the tree, such as opt/1 of optax.adamw; may be repeated",
+    )  # fmt: skip
     return parser

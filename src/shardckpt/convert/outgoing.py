@@ -20,7 +20,7 @@ from shardckpt.errors import FormatError, StepNotFoundError, UnsupportedStateErr
 from shardckpt.format.tagged import decode
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Collection, Mapping
 
     from shardckpt.format.manifest import Manifest, SavedTensor
 
@@ -44,6 +44,7 @@ def outgoing(
     *,
     item: str | None,
     keys: str,
+    empty: Collection[str] = (),
 ) -> Outgoing:
     """Return what to write for one step.
 
@@ -54,6 +55,7 @@ def outgoing(
         item: Name of the one item; of a step that came from Orbax, which of its items. None: the
             items it came from, or "default".
         keys: Glob of the keys to take.
+        empty: Keys of empty nodes, besides those that Orbax itself had saved.
 
     Raises:
         UnsupportedStateError: Orbax cannot hold some values; lists their keys.
@@ -109,7 +111,7 @@ def outgoing(
     ]
     if problems:
         raise _unsupported(manifest.step, problems)
-    for key, kind in notes.get("empty", {}).items():
+    for key, kind in {**dict.fromkeys(empty, "None"), **notes.get("empty", {})}.items():
         found = place(key)
         if found is not None and fnmatch.fnmatchcase(key, keys):
             found[0].nodes.append(Node(found[1], str(kind)))

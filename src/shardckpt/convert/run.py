@@ -10,6 +10,7 @@ import logging
 import os
 import time
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Final, Literal
 
@@ -32,9 +33,13 @@ from shardckpt.save.commit import Described
 from shardckpt.storage.open import open_storage
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Collection, Mapping, Sequence
 
+    from shardckpt.convert.to_orbax import Outgoing
+    from shardckpt.format.manifest import Manifest, SavedTensor
     from shardckpt.format.root import Entry
+
+    Chosen = Callable[[Manifest, Mapping[str, SavedTensor], Mapping[str, float]], Outgoing]
 
 Kind = Literal["orbax", "shardckpt"]
 
@@ -72,6 +77,7 @@ def convert(
     item: str | None = None,
     to: Kind | None = None,
     keys: str = "*",
+    empty: Collection[str] = (),
     budget_bytes: int = BUDGET_BYTES,
     progress: Callable[[str], None] = _logger.info,
 ) -> Converted:
@@ -85,6 +91,8 @@ def convert(
             called.
         to: What to write; by default what the source is not.
         keys: Glob of the keys to take.
+        empty: To Orbax: keys of empty nodes (`optax.EmptyState()`) of the tree it will be restored
+            into; those of a step that came from Orbax are known.
         budget_bytes: Most bytes of arrays in memory at once; a larger chunk of an Orbax array is
             taken whole, because nobody can read a part of it.
         progress: Told once for every step.
@@ -112,7 +120,8 @@ def convert(
     if kind == "orbax":
         found = _from_orbax(Path(source), target, step, item, keys, budget_bytes, progress)
     else:
-        found = _to_orbax(source, Path(target), step, item, keys, budget_bytes, progress)
+        chosen = partial(outgoing, item=item, keys=keys, empty=empty)
+        found = _to_orbax(source, Path(target), step, chosen, budget_bytes, progress)
     steps, num_arrays, nbytes = found
     return Converted(wanted, tuple(steps), num_arrays, nbytes, time.monotonic() - started)
 
@@ -181,8 +190,7 @@ def _to_orbax(
     source: str | os.PathLike[str],
     target: Path,
     step: int | None,
-    item: str | None,
-    keys: str,
+    chosen: Chosen,
     budget_bytes: int,
     progress: Callable[[str], None],
 ) -> tuple[list[int], int, int]:
@@ -197,14 +205,14 @@ def _to_orbax(
             f"{target} is not empty; conversions make new directories only. Give another place, "
             "or remove what an earlier conversion left there."
         )
-    plans = {entry.attempt: _planned_bytes(catalog, entry, item, keys) for entry in newest.values()}
+    plans = {entry.attempt: _planned_bytes(catalog, entry, chosen) for entry in newest.values()}
     nbytes = sum(plans.values())
     _check_room(target, nbytes, len(plans))
     num_arrays = 0
     for number, entry in enumerate(newest.values(), 1):
         lease = catalog.lease(entry.attempt)
         try:
-            num_arrays += _write_entry(catalog, entry, target, item, keys, budget_bytes)
+            num_arrays += _write_entry(catalog, entry, target, chosen, budget_bytes)
         finally:
             if lease is not None:
                 lease.release()
@@ -214,21 +222,19 @@ def _to_orbax(
     return list(newest), num_arrays, nbytes
 
 
-def _planned_bytes(catalog: Catalog, entry: Entry, item: str | None, keys: str) -> int:
+def _planned_bytes(catalog: Catalog, entry: Entry, chosen: Chosen) -> int:
     """Return the bytes of arrays that one step will have, or raise why it cannot be written."""
     checkpoint = OpenCheckpoint(catalog.storage, entry.attempt, entry.manifest)
-    plan = outgoing(checkpoint.manifest, checkpoint.tensors, entry.metrics, item=item, keys=keys)
+    plan = chosen(checkpoint.manifest, checkpoint.tensors, entry.metrics)
     return sum(i.nbytes for i in plan.items.values())
 
 
 def _write_entry(
-    catalog: Catalog, entry: Entry, target: Path, item: str | None, keys: str, budget_bytes: int
+    catalog: Catalog, entry: Entry, target: Path, chosen: Chosen, budget_bytes: int
 ) -> int:
     checkpoint = OpenCheckpoint(catalog.storage, entry.attempt, entry.manifest)
     try:
-        plan = outgoing(
-            checkpoint.manifest, checkpoint.tensors, entry.metrics, item=item, keys=keys
-        )
+        plan = chosen(checkpoint.manifest, checkpoint.tensors, entry.metrics)
         write_step(target, entry.step, checkpoint, plan, budget_bytes)
     finally:
         checkpoint.close()
