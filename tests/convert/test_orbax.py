@@ -338,7 +338,7 @@ print(peak() - before)
 
 
 def test_neither_way_takes_more_memory_than_its_budget_allows(tmp_path: Path) -> None:
-    """192 MiB, with a budget of 16: threads and libraries take what is left of 80."""
+    """192 MiB, with a budget of 16: what libraries and their threads keep is in the rest of 128."""
     job = ThreadJob([LocalStorage(tmp_path / "a")])
     big = np.random.default_rng(0).integers(0, 255, (3072, 65536), np.uint8)
     layout = MeshLayout((1,), (0,), ((0,),))
@@ -352,5 +352,5 @@ def test_neither_way_takes_more_memory_than_its_budget_allows(tmp_path: Path) ->
             [sys.executable, "-c", _MEMORY, str(tmp_path / source), str(tmp_path / target)],
             capture_output=True, text=True, timeout=55, check=True,
         )  # fmt: skip
-        assert int(done.stdout) < 80 << 20, (source, int(done.stdout) >> 20)
+        assert int(done.stdout) < 128 << 20, (source, int(done.stdout) >> 20)
     loaded(tmp_path / "c", {"w": big, "x/big": 1})
