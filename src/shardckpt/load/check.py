@@ -82,7 +82,7 @@ def mismatches(
     problems: list[str] = []
     missing: list[str] = []
     for key, leaf in targets.leaves.items():
-        if not is_wanted(key, only):
+        if only and not is_wanted(key, only):
             continue
         found = saved.leaves.get(saved.aliases.get(key, key))
         if found is None:

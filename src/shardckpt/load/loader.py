@@ -268,7 +268,7 @@ class _Filling:
         wanted: list[Wanted] = []
         for key, leaf in targets.leaves.items():
             tensor = by_name.get(saved.aliases.get(key, key))
-            if tensor is None or not is_wanted(key, options.only):
+            if tensor is None or (options.only and not is_wanted(key, options.only)):
                 continue
             for shard in leaf.shards:
                 if shard.box.num_elements == 0:

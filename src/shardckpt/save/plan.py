@@ -50,8 +50,7 @@ class GlobalPlan(msgspec.Struct, frozen=True, kw_only=True):
     per_rank: dict[str, str]
 
 
-@dataclass(frozen=True, slots=True)
-class Payload:
+class Payload(msgspec.Struct, frozen=True, gc=False):
     """A byte range of one local shard at its place in a file.
 
     Attributes:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Collection, Iterable, Iterator, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, field
+from operator import attrgetter
 from typing import TYPE_CHECKING, Any, final
 
 import msgspec
@@ -115,14 +116,14 @@ class TorchBackend:
                 leaves, values = seen.describe(self._leaves, fence)
                 found += leaves
                 objects.update(values)
-            elif (marked := as_per_rank(value)) is not None:
-                per_rank[item.name] = describe_per_rank(item.name, marked)
             elif isinstance(value, torch.Tensor):
                 found.append(self._leaves.leaf(item.name, value, "other"))
+            elif (marked := as_per_rank(value)) is not None:
+                per_rank[item.name] = describe_per_rank(item.name, marked)
             else:
                 leaves, objects[item.name] = describe_object(item.name, value, self._leaves)
                 found += leaves
-        found.sort(key=lambda leaf: leaf.key)
+        found.sort(key=attrgetter("key"))
         _check_distinct([*(leaf.key for leaf in found), *objects, *per_rank, *aliases])
         return StateTree(tuple(found), objects, per_rank, aliases)
 
@@ -197,7 +198,7 @@ class TorchBackend:
                     found += planned.leaves
                     object_keys.add(item.name)
                     finish.objects.append((item, planned))
-        leaves = {leaf.key: leaf for leaf in sorted(found, key=lambda leaf: leaf.key)}
+        leaves = {leaf.key: leaf for leaf in sorted(found, key=attrgetter("key"))}
         return Targets(leaves, frozenset(object_keys), frozenset(per_rank_keys), finish)
 
     def host_target(self, data: object) -> HostArray:
@@ -256,7 +257,7 @@ def _items(state: Mapping[str, Any], prefix: str, depth: int) -> list[_Item]:
             raise UnsupportedStateError(
                 f"{prefix or 'the state'}: names are non-empty strings, got {key!r}"
             )
-        if _holds_state(value, depth):
+        if not isinstance(value, torch.Tensor) and _holds_state(value, depth):
             items += _items(value, f"{prefix}{key}/", depth + 1)
         else:
             items.append(_Item(prefix + key, value, state, key))
@@ -312,8 +313,10 @@ def _replace(item: _Item, value: object) -> None:
         item.container[item.key] = value
 
 
-def _check_distinct(keys: Iterable[str]) -> None:
+def _check_distinct(keys: Sequence[str]) -> None:
     seen: set[str] = set()
+    if len(set(keys)) == len(keys):
+        return
     for key in keys:
         if key in seen:
             raise UnsupportedStateError(
