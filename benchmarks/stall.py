@@ -148,6 +148,7 @@ class Bench:
             system.tidy()
             os.sync()
         distributed.barrier()
+        trainee.step(mode)  # Untimed: a save follows a step, not what another system left behind.
         cpu_s = _cpu_s(system)
         started = waited = saved = time.perf_counter()
         if system is not None:
