@@ -30,7 +30,16 @@ ITEMSIZE_BYTES: Final[dict[str, int]] = {
     "float8_e5m2": 1,
     "float8_e5m2fnuz": 1,
     "float8_e8m0fnu": 1,
+    "float8_e3m4": 1,
+    "float8_e4m3": 1,
+    "float8_e4m3b11fnuz": 1,
     "float4_e2m1fn_x2": 1,
+    # One value per byte, as ml_dtypes keeps them on the host.
+    "float4_e2m1fn": 1,
+    "int2": 1,
+    "int4": 1,
+    "uint2": 1,
+    "uint4": 1,
 }
 
 

@@ -8,8 +8,8 @@ Layer: load. Order of one load, on every rank:
    once and exchanged (`load.shared`); until here nothing has changed;
 3. read, verify, place; all ranks agree again; then objects are handed over.
 
-A failure in 3 leaves the state poisoned, unless `transactional` kept the bytes aside until all had
-succeeded.
+A failure in 3 leaves a state that is filled in place poisoned, unless `transactional` kept the
+bytes aside until all had succeeded.
 """
 
 from __future__ import annotations
@@ -110,8 +110,8 @@ def load_state(
     round_: Round,
     options: LoadOptions,
     together: Together,
-) -> LoadStats:
-    """Fill `state` from an open checkpoint, on all ranks or none.
+) -> tuple[Any, LoadStats]:
+    """Fill `state` from an open checkpoint, on all ranks or none; return it, or what replaces it.
 
     Raises:
         StateMismatchError: It does not fit; nothing was changed.
@@ -141,19 +141,19 @@ def load_state(
                 _logger.warning(
                     "%s: saved by another world size; the target's own value is kept", key
                 )
-        with _poisoning(poisons=not options.transactional):
+        with _poisoning(poisons=backend.fills_in_place and not options.transactional):
             stats = _read(meeting, filling.plan, round_)
     finally:
         meeting.close()
     with _poisoning(poisons=True):
         try:
             filling.place()
-            backend.finish(targets, saved)
+            restored = backend.finish(targets, saved)
         except Exception as error:
             round_.fail(error)
             raise
         _agree(round_, "placed", Ok(), _all_ok, Ok)
-    return stats
+    return restored, stats
 
 
 def _meet(meeting: Meeting, round_: Round) -> None:

@@ -84,16 +84,17 @@ class Checkpointer:
         """
         used = default_coord(timeout_s) if coord is None else coord
         options = staging or Staging()
+        overlaps = options.overlap is not False
         self._fences = OptimizerFences()
         self._core = CheckpointerCore(
-            _storage(url), TorchBackend(self._fences if options.overlap else None), used,
+            _storage(url), TorchBackend(self._fences if overlaps else None), used,
             save_every=save_every, retention=retention or Retention(), config=config,
             timeout_s=timeout_s, on_busy=on_busy, staging=options,
             environment=_environment(used.world_size),
             namespace=_namespace(coord),
             exchange=default_exchange(timeout_s) if coord is None else None,
         )  # fmt: skip
-        if options.overlap:
+        if overlaps:
             self._fences.watch(self._core)
 
     def should_save(self, step: int) -> bool:

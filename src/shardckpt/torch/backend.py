@@ -58,6 +58,7 @@ class _Item:
 class _Finish:
     """What `finish` still has to hand over; only what was asked for."""
 
+    state: Mapping[str, Any]
     extra: list[tuple[ModuleView, str]] = field(default_factory=list)
     optimizers: list[tuple[OptimizerView, OptimizerPlan]] = field(default_factory=list)
     objects: list[tuple[_Item, ObjectPlan]] = field(default_factory=list)
@@ -74,6 +75,7 @@ class TorchBackend:
     """
 
     name = "torch"
+    fills_in_place = True
 
     def __init__(self, fences: OptimizerFences | None = None) -> None:
         """Start with nothing cached.
@@ -170,7 +172,7 @@ class TorchBackend:
         found: list[Leaf] = []
         object_keys: set[str] = set()
         per_rank_keys: set[str] = set()
-        finish = _Finish()
+        finish = _Finish(state)
         for item in items:
             value = item.value
             if isinstance(value, nn.Module):
@@ -211,10 +213,13 @@ class TorchBackend:
         assert isinstance(data, torch.Tensor)
         copies.place(data, host)
 
-    def finish(self, targets: Targets, saved: SavedState) -> None:
+    def finish(self, targets: Targets, saved: SavedState) -> Mapping[str, Any]:
         """Attach created optimizer state and hand objects and per-rank values to their owners.
 
         Random generators come last, since an owner may draw numbers while it takes its state.
+
+        Returns:
+            The user's state itself, which was filled in place.
 
         Raises:
             StateMismatchError: An owner refused its value.
@@ -235,6 +240,7 @@ class TorchBackend:
         for item in finish.per_rank:
             if item.name in saved.per_rank:
                 _replace(item, give_per_rank(item.name, item.value, saved.per_rank[item.name]))
+        return finish.state
 
     def _look(self, state: Mapping[str, Any]) -> tuple[list[_Item], dict[str, ModuleView]]:
         if not isinstance(state, Mapping):
