@@ -366,7 +366,7 @@ class Bench:
 
 def measure(
     told: RankContext, place: Path, nbytes: int, rounds: int, patterns: tuple[fio.Pattern, ...],
-    *, quick: bool,
+    quick: bool,  # noqa: FBT001 - run_ranks passes no names.
 ) -> dict[str, Any]:  # fmt: skip
     """Return everything that one set of processes measures together."""
     bench = Bench(told, place, nbytes, quick=quick)
@@ -412,7 +412,7 @@ def peak(told: RankContext, place: Path, nbytes: int, name: str) -> float:
 
 
 def small(
-    told: RankContext, place: Path, num_arrays: int, rounds: int, *, quick: bool
+    told: RankContext, place: Path, num_arrays: int, rounds: int, quick: bool
 ) -> dict[str, list[float]]:
     """Return the seconds of durable saves and loads of many small arrays."""
     join(told)
@@ -540,8 +540,8 @@ def main() -> int:
         label = f"{num}x{NUM_DEVICES // num}"
         with scratch(told.directory) as place:
             results = run_ranks(
-                num, partial(measure, quick=told.quick), place, nbytes,
-                1 if told.quick else told.rounds, patterns, timeout_s=TIMEOUT_S,
+                num, measure, place, nbytes,
+                1 if told.quick else told.rounds, patterns, told.quick, timeout_s=TIMEOUT_S,
                 directory=place / "ranks",
             )  # fmt: skip
         result: Any = results[0]
@@ -564,8 +564,9 @@ def main() -> int:
         report.add(f"{label}_peak_memory_beyond_state_orbax", peaks["orbax, default"])
         with scratch(told.directory) as place:
             many: Any = run_ranks(
-                num, partial(small, quick=told.quick), place,
+                num, small, place,
                 QUICK_SMALL_ARRAYS if told.quick else SMALL_ARRAYS, 1 if told.quick else 3,
+                told.quick,
                 timeout_s=TIMEOUT_S, directory=place / "ranks",
             )[0]  # fmt: skip
         times = {name: statistics.median(values) for name, values in many.items()}
