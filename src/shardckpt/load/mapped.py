@@ -34,7 +34,6 @@ if TYPE_CHECKING:
     from shardckpt.load.rules import Side
 
 SIDES: Final = ("torch", "jax")
-_STREAM_ROLES: Final = frozenset({"rng", "prng_key"})
 _SCALAR: Final = Link((), (), (), ())
 _MAX_SHOWN: Final = 8
 
@@ -204,12 +203,13 @@ class _Mapping:
         """Hand over what both states call by one name; say what else there is."""
         result = self.result
         dropped: list[str] = [*self._saved.per_rank, *self._saved.per_rank_dropped]
+        dropped += [key for key in self._saved.leaves if self._is_ignored(key)]
         for key in self._slots.others:
             spec = self._spec(key)
             if key in self._targets.leaves and key not in self._leaves:
                 self._leaves[key] = self._saved.leaves[key]
                 result.sources[key] = Source(((self._tensors[key], _identity(spec)),))
-            elif self._is_ignored(key) or not spec.shape or self._role(key) in _STREAM_ROLES:
+            elif not spec.shape or _is_stream(spec, self._role(key)):
                 dropped.append(key)
             else:
                 self.unused.append(f"{key!r} ({spec}): saved, but no rule and no role names it")
@@ -225,7 +225,7 @@ class _Mapping:
         for key, leaf in self._targets.leaves.items():
             is_free = not leaf.spec.shape and key in self._target_slots.others
             if key not in self._leaves and (
-                self._is_ignored(key) or is_free or leaf.role in _STREAM_ROLES
+                self._is_ignored(key) or is_free or _is_stream(leaf.spec, leaf.role)
                 or (key in self._target_slots.schedules and key not in result.fills)
             ):  # fmt: skip
                 result.kept.add(key)
@@ -386,6 +386,11 @@ class _Mapping:
 
     def _role(self, key: str) -> str:
         return self._saved.leaves[self._saved.aliases.get(key, key)].role
+
+
+def _is_stream(spec: ArraySpec, role: str) -> bool:
+    """Whether an array outside of the model is a random key of JAX, which is uint32 words."""
+    return role == "other" and spec.dtype == "uint32"
 
 
 def _identity(spec: ArraySpec) -> Link:
