@@ -63,6 +63,7 @@ class Kernel(nnx.Module):
     """A matrix or its like, drawn from a normal distribution."""
 
     def __init__(self, shape: tuple[int, ...], rngs: nnx.Rngs) -> None:
+        """Draw the values."""
         self.kernel = nnx.Param(0.02 * jax.random.normal(rngs.params(), shape))
 
 
@@ -70,6 +71,7 @@ class RMSNorm(nnx.Module):
     """Divides by the root of the mean square and scales."""
 
     def __init__(self, shape: tuple[int, ...], eps: float) -> None:
+        """Start at one."""
         self.scale = nnx.Param(jnp.ones(shape))
         self.eps = eps
 
@@ -81,6 +83,7 @@ class Attention(nnx.Module):
     """Causal attention with grouped keys and values and rotary positions."""
 
     def __init__(self, config: LlamaConfig, stack: tuple[int, ...], rngs: nnx.Rngs) -> None:
+        """Draw every kernel; `stack` leads their shapes."""
         head = config.width // config.heads
         self.q = Kernel((*stack, config.width, config.heads, head), rngs)
         self.k = Kernel((*stack, config.width, config.kv_heads, head), rngs)
@@ -104,6 +107,7 @@ class MLP(nnx.Module):
     """SwiGLU."""
 
     def __init__(self, config: LlamaConfig, stack: tuple[int, ...], rngs: nnx.Rngs) -> None:
+        """Draw every kernel; `stack` leads their shapes."""
         self.gate = Kernel((*stack, config.width, config.hidden), rngs)
         self.up = Kernel((*stack, config.width, config.hidden), rngs)
         self.down = Kernel((*stack, config.hidden, config.width), rngs)
@@ -117,6 +121,7 @@ class Layer(nnx.Module):
     """Attention and MLP, each after a norm and around a residual."""
 
     def __init__(self, config: LlamaConfig, stack: tuple[int, ...], rngs: nnx.Rngs) -> None:
+        """Build the parts; `stack` leads the shapes of their arrays."""
         self.norm_attention = RMSNorm((*stack, config.width), config.eps)
         self.attention = Attention(config, stack, rngs)
         self.norm_mlp = RMSNorm((*stack, config.width), config.eps)
@@ -131,6 +136,7 @@ class Embedding(nnx.Module):
     """Token vectors."""
 
     def __init__(self, shape: tuple[int, ...], rngs: nnx.Rngs) -> None:
+        """Draw the vectors."""
         self.embedding = nnx.Param(0.02 * jax.random.normal(rngs.params(), shape))
 
 
@@ -138,6 +144,7 @@ class Llama(nnx.Module):
     """The language model."""
 
     def __init__(self, config: LlamaConfig, rngs: nnx.Rngs) -> None:
+        """Build the whole model with fresh weights."""
         self.tokens = Embedding((config.vocabulary, config.width), rngs)
         self.layers: Any = (
             Layer(config, (config.layers,), rngs)

@@ -211,7 +211,7 @@ def test_state_before_the_first_step_is_zeros_and_count_0() -> None:
 
 
 def test_without_an_optimizer_saved_its_state_is_missing() -> None:
-    with pytest.raises(StateMismatchError, match="opt_state/0/mu/0/kernel.*not in the checkpoint"):
+    with pytest.raises(StateMismatchError, match=r"opt_state/0/mu/0/kernel.*not in the checkpoint"):
         load(saved_by_torch({"model": net()}), "jax", [blank(jax_adam())], NET)
 
 
@@ -228,7 +228,9 @@ def test_unequal_steps_are_refused_and_both_are_named() -> None:
 
 def test_a_schedule_goes_on_from_the_scheduler_of_torch() -> None:
     model, optimizer = trained(optim.AdamW, steps=2)
+    optimizer.zero_grad()
     scheduler = optim.lr_scheduler.StepLR(optimizer, 10)
+    optimizer.step()  # Without gradients: the schedule alone goes on.
     for _ in range(5):
         scheduler.step()
     store = saved_by_torch({"model": model, "opt": optimizer, "sched": scheduler})

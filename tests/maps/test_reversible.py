@@ -36,7 +36,7 @@ class Case:
 
 @st.composite
 def sides(draw: st.DrawFn, axes: list[str], named: list[str]) -> tuple[str, str, Any]:
-    """Draw how one side writes the elements: name, dims, and the reference that makes its arrays."""
+    """Draw how one side writes the elements: name, dims, and what makes its arrays."""
     order = draw(st.permutations([axis for axis in axes if axis not in named]))
     groups: list[list[str]] = []
     for axis in order:
@@ -100,7 +100,8 @@ def layouts(draw: st.DrawFn, arrays: dict[str, np.ndarray], world_size: int) -> 
         layout = MeshLayout(mesh, tuple(range(world_size)), tuple(cuts))
         # A rank without a part leaves the key out, which numpy states of a target cannot.
         parts = [layout.box_at(layout.coordinate(r), value.shape) for r in range(world_size)]
-        found[key] = layout if all(part.num_elements for part in parts) else None
+        is_cut = value.ndim and all(part.num_elements for part in parts)
+        found[key] = layout if is_cut else None
     return found
 
 
