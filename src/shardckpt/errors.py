@@ -73,6 +73,10 @@ class DeadlineError(ShardckptError, TimeoutError):
     """A named wait passed its deadline; the message names who was missing."""
 
 
+class MissingDependencyError(ShardckptError, ImportError):
+    """An optional package is not installed; the message says how to get it."""
+
+
 def error_named(kind: str, message: str) -> ShardckptError:
     """Return the error of class `kind` with `message`; an unknown name gives a SaveFailedError.
 

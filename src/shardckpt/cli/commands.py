@@ -1,7 +1,7 @@
 """What the commands do: read a store, return text for people and data for programs.
 
-Layer: cli. Reads without taking the store over; nothing is written but a lease where the store
-allows it.
+Layer: cli. Stores that are read are not taken over; nothing is written to them but a lease where
+they allow it. Only `convert` makes new ones.
 """
 
 from __future__ import annotations
@@ -14,13 +14,14 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from shardckpt.catalog.store import Catalog
+from shardckpt.convert.run import Kind, convert
 from shardckpt.errors import CorruptCheckpointError, FormatError, StorageError
 from shardckpt.load.open import OpenCheckpoint
 from shardckpt.load.verify import Verified, verify_checkpoint
 from shardckpt.storage.open import open_storage
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     from shardckpt.format.root import Entry
 
@@ -138,6 +139,35 @@ def verify_steps(url: str, step: int | None, *, quick: bool) -> Report:
         )
     text = "\n".join(lines) if lines else f"{url}: no committed steps"
     return Report(text, {"store": url, "steps": results}, is_corrupt)
+
+
+def convert_steps(
+    source: str,
+    target: str,
+    *,
+    step: int | None,
+    item: str | None,
+    to: Kind | None,
+    keys: str,
+    progress: Callable[[str], None],
+) -> Report:
+    """Convert from Orbax to a store, or from a store to Orbax.
+
+    Raises:
+        ShardckptError: Nothing, or not every step, was converted.
+        ValueError: The source is of the kind to be written.
+    """
+    done = convert(source, target, step=step, item=item, to=to, keys=keys, progress=progress)
+    speed = done.nbytes / max(done.seconds, 1e-9)
+    text = (
+        f"{target}: {len(done.steps)} steps for {done.to}, {done.num_arrays} arrays, "
+        f"{_size(done.nbytes)} in {done.seconds:.2f} s ({_size(round(speed))}/s)"
+    )
+    data = {
+        "source": source, "target": target, "to": done.to, "steps": list(done.steps),
+        "arrays": done.num_arrays, "bytes": done.nbytes, "seconds": done.seconds,
+    }  # fmt: skip
+    return Report(text, data)
 
 
 def _verify(catalog: Catalog, entry: Entry, *, quick: bool) -> Verified:

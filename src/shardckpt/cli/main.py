@@ -12,7 +12,13 @@ import sys
 from typing import TYPE_CHECKING, Final
 
 from shardckpt import __version__
-from shardckpt.cli.commands import Report, inspect_step, list_steps, verify_steps
+from shardckpt.cli.commands import (
+    Report,
+    convert_steps,
+    inspect_step,
+    list_steps,
+    verify_steps,
+)
 from shardckpt.errors import (
     CorruptCheckpointError,
     ShardckptError,
@@ -50,7 +56,17 @@ def _dispatch(options: argparse.Namespace) -> Report:
         return list_steps(options.store)
     if options.command == "inspect":
         return inspect_step(options.store, options.step, keys=options.keys)
+    if options.command == "convert":
+        return convert_steps(
+            options.source, options.target, step=options.step, item=options.item, to=options.to,
+            keys=options.keys, progress=_progress,
+        )  # fmt: skip
     return verify_steps(options.store, options.step, quick=options.quick)
+
+
+def _progress(line: str) -> None:
+    # Not to standard output, which holds the result alone.
+    print(line, file=sys.stderr, flush=True)
 
 
 def _fail(options: argparse.Namespace, error: Exception, code: int) -> int:
@@ -69,8 +85,12 @@ def _parser() -> argparse.ArgumentParser:
     listing = commands.add_parser("list", help="the committed steps of a store")
     inspecting = commands.add_parser("inspect", help="what one step holds")
     verifying = commands.add_parser("verify", help="check every byte of one step, or of all")
+    converting = commands.add_parser("convert", help="from Orbax to a new store, or back")
+    converting.add_argument("source", help="a store, or a directory, step or item of Orbax")
+    converting.add_argument("target", help="a directory that is absent or empty")
     for command in (listing, inspecting, verifying):
         command.add_argument("store", help="directory of the store")
+    for command in (listing, inspecting, verifying, converting):
         command.add_argument("--json", action="store_true", help="machine-readable output")
     inspecting.add_argument("--step", type=int, help="a committed step; the newest by default")
     inspecting.add_argument("--keys", default="*", help="glob of the keys to show")
@@ -78,4 +98,12 @@ def _parser() -> argparse.ArgumentParser:
     verifying.add_argument(
         "--quick", action="store_true", help="manifest, sizes, headers and tables only, no payloads"
     )
+    converting.add_argument("--step", type=int, help="a committed step; all by default")
+    converting.add_argument(
+        "--item", help="from Orbax: only this item, as the whole state; to Orbax: its name"
+    )
+    converting.add_argument(
+        "--to", choices=("orbax", "shardckpt"), help="by default what the source is not"
+    )
+    converting.add_argument("--keys", default="*", help="glob of the keys to convert")
     return parser

@@ -10,6 +10,9 @@ from typing import Final
 
 ITEMSIZE_BYTES: Final[dict[str, int]] = {
     "bool": 1,
+    # One value in a byte, as ml_dtypes holds it in memory.
+    "int4": 1,
+    "uint4": 1,
     "int8": 1,
     "int16": 2,
     "int32": 4,

@@ -106,7 +106,7 @@ def write_files(
         _write_extents(engine, ticket, writers, timeout_s, while_waiting)
         _raise_failure(engine, ticket, plan, leaves)
         for file, (writer, nbytes) in enumerate(zip(writers, plan.file_bytes, strict=True)):
-            table = _table(attempt, file, by_file[file], leaves, per_rank if file == 0 else {})
+            table = table_of(attempt, file, by_file[file], leaves, per_rank if file == 0 else {})
             crcs = _chunk_crcs(engine, ticket, attempt, file, plan, leaves)
             tail, table_digest = encode_tail(msgspec.structs.replace(table, crcs=crcs), nbytes)
             writer.write(nbytes, _address_of(tail), len(tail))
@@ -228,13 +228,14 @@ def _raise_failure(engine: Engine, ticket: int, plan: RankPlan, leaves: Sequence
         raise SaveFailedError(f"the save was given up: {message or kind}")
 
 
-def _table(
+def table_of(
     attempt: AttemptId,
     file: int,
     payloads: Sequence[Payload],
     leaves: Sequence[Leaf],
     per_rank: Mapping[str, msgspec.Raw],
 ) -> Table:
+    """Return the table of one file, without checksums."""
     key_ids: dict[int, int] = {}
     boxes: list[int] = []
     for payload in payloads:
