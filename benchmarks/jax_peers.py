@@ -200,9 +200,8 @@ def _is_first() -> bool:
 
 
 def _barrier(name: str) -> None:
-    from jax.experimental import multihost_utils
-
     import jax
+    from jax.experimental import multihost_utils
 
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices(name)
@@ -262,7 +261,9 @@ class Bench:
         for name in list(self.systems):
             try:
                 self._turn(name, "device")
-            except Exception as error:  # A setting that this machine cannot run is told, not left out.
+            except (
+                Exception
+            ) as error:  # A setting that this machine cannot run is told, not left out.
                 self.unable[name] = f"{type(error).__name__}: {str(error)[:200]}"
                 del self.systems[name]
 
@@ -366,7 +367,7 @@ class Bench:
 
 def measure(
     told: RankContext, place: Path, nbytes: int, rounds: int, patterns: tuple[fio.Pattern, ...],
-    quick: bool,  # noqa: FBT001 - run_ranks passes no names.
+    quick: bool,
 ) -> dict[str, Any]:  # fmt: skip
     """Return everything that one set of processes measures together."""
     bench = Bench(told, place, nbytes, quick=quick)
@@ -441,7 +442,9 @@ def small(
             took: list[Any] = []
             seconds[f"{name} | load"].append(
                 _together(
-                    lambda s=system, into=took: into.append(jax.block_until_ready(s.restore(target)))
+                    lambda s=system, into=took: into.append(
+                        jax.block_until_ready(s.restore(target))
+                    )
                 )
             )
             _check(took.pop(), state, f"{name}, small arrays")
@@ -534,7 +537,9 @@ def main() -> int:
     from importlib.metadata import version
 
     report.facts |= {name: version(name) for name in ("jax", "orbax-checkpoint", "tensorstore")}
-    patterns = tuple(p for p in fio.PATTERNS if p.name in ("psync depth 1 x 2", "libaio depth 4 x 1"))
+    patterns = tuple(
+        p for p in fio.PATTERNS if p.name in ("psync depth 1 x 2", "libaio depth 4 x 1")
+    )
     patterns = patterns if fio.is_installed() and not told.quick else ()
     for num in told.processes:
         label = f"{num}x{NUM_DEVICES // num}"
