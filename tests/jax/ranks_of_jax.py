@@ -17,7 +17,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from shardckpt.coord.base import wait_for
 from shardckpt.errors import DeadlineError, ShardckptError
-from shardckpt.jax import Checkpointer, load
+from shardckpt.jax import Checkpointer, load, private
 from shardckpt.jax.coord import JaxCoord, default_coord
 from shardckpt.save import saver
 from shardckpt.state import PerRank
@@ -233,3 +233,29 @@ def die_in_a_save(told: RankContext, root: str, victim: int) -> None:
         # The runtime's own shutdown would wait for the dead process.
         os._exit(3)
     os._exit(4)
+
+
+def store_stops(told: RankContext) -> None:
+    """Process 0, which serves the store, stops; a call of process 1 ends at its deadline."""
+    join(told, shutdown_timeout_seconds=5)
+    coord = JaxCoord(private.client(), told.rank, 2, timeout_s=0.5)
+    if told.rank == 0:
+        coord.set("process", str(os.getpid()).encode())
+        wait_for(coord, "stop", what="the word to stop", timeout_s=20)
+        os.kill(os.getpid(), signal.SIGSTOP)
+        os._exit(4)
+    server = int(wait_for(coord, "process", what="process 0", timeout_s=20))
+    coord.set("stop", b"")
+    while Path(f"/proc/{server}/stat").read_text().split()[2] != "T":
+        time.sleep(0.01)
+    started = time.monotonic()
+    try:
+        coord.get("process")
+    except DeadlineError as error:
+        coord.delete("process")
+        said = f"{time.monotonic() - started:.1f} {error}"
+    else:
+        said = "0 it answered"
+    (told.directory / "said").write_text(said)
+    os.kill(server, signal.SIGKILL)
+    os._exit(3)

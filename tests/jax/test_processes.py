@@ -78,3 +78,10 @@ def test_a_process_killed_in_a_save_costs_that_save_only(tmp_path: Path, victim:
         ckpt.save(2, restored.state)
         ckpt.wait()
         assert ckpt.steps() == [1, 2]
+
+
+def test_a_store_that_stops_answering_ends_in_a_deadline(tmp_path: Path) -> None:
+    run_ranks(2, ranks.store_stops, timeout_s=60, may_die=(0, 1), directory=tmp_path)
+    waited_s, said = (tmp_path / "shared" / "said").read_text().split(" ", 1)
+    assert "rank 1: the job's key-value store did not answer 'get process' within 0.5 s" in said
+    assert 1.0 <= float(waited_s) < 2
