@@ -20,7 +20,6 @@ import threading
 import time
 from collections import defaultdict
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Protocol
 
 import fio
@@ -42,6 +41,7 @@ from shardckpt.testing.ranks import RankContext, run_ranks
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+    from pathlib import Path
 
     from jax_trainee import Mode, Trainee
 
@@ -261,9 +261,7 @@ class Bench:
         for name in list(self.systems):
             try:
                 self._turn(name, "device")
-            except (
-                Exception
-            ) as error:  # A setting that this machine cannot run is told, not left out.
+            except Exception as error:  # What cannot run here is told, not left out.
                 self.unable[name] = f"{type(error).__name__}: {str(error)[:200]}"
                 del self.systems[name]
 

@@ -40,9 +40,7 @@ ITEMSIZE_BYTES: Final[dict[str, int]] = {
     # One value per byte, as ml_dtypes keeps them on the host.
     "float4_e2m1fn": 1,
     "int2": 1,
-    "int4": 1,
     "uint2": 1,
-    "uint4": 1,
 }
 
 
