@@ -122,8 +122,6 @@ def transfer(
                 assert found.tobytes() == right.tobytes(), key
     total = sum(value.nbytes for value in arrays[source].values())
     for one_rank in stats:
-        # A buffer spans what lies between the elements wanted, in as many boxes as the target has.
-        assert one_rank.needed_bytes <= total or factors.MAX_BOXES == 1
         assert one_rank.read_bytes <= total + CHUNK_BYTES * len(arrays[source])
 
 
