@@ -8,7 +8,7 @@ SOURCES := pyproject.toml constraints.txt $(shell find csrc -name '*.cc' -o -nam
 # TORCH= may ask for another torch than the tested one; everything else stays pinned.
 PINS := $(VENV)/constraints.txt
 
-.PHONY: setup demo test test-all bench lint core-test core-test-arm clean
+.PHONY: setup demo demo-jax test test-all bench lint core-test core-test-arm clean
 
 setup: $(STAMP)
 
@@ -17,8 +17,11 @@ $(STAMP): $(SOURCES)
 	grep -v '^torch==' constraints.txt > $(PINS)
 	$(BIN)/python -m pip install --quiet --upgrade -c $(PINS) pip scikit-build-core nanobind cmake ninja
 	$(BIN)/python -c 'import torch' 2>/dev/null || $(BIN)/python -m pip install --quiet -c $(PINS) '$(TORCH)'
-	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python -m pip install --quiet -c $(PINS) --no-build-isolation -e '.[torch,dev]'
+	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python -m pip install --quiet -c $(PINS) --no-build-isolation -e '.[torch,jax,dev]'
 	touch $(STAMP)
+
+demo-jax: setup
+	$(BIN)/python examples/jax_pjit/demo.py
 
 demo: setup
 	$(BIN)/python examples/torch_fsdp/demo.py

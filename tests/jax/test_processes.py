@@ -68,7 +68,8 @@ def test_a_process_killed_in_a_save_costs_that_save_only(tmp_path: Path, victim:
         said = (tmp_path / "run" / "shared" / "error-0").read_text()
         assert "DeadlineError" in said
         assert "rank 1 of 2" in said
-    assert list(store.glob("step-*2.*/rank-*.shard")), "nobody died in a save"
+    # Written down by the victim, since the other process may have swept them.
+    assert ".shard" in (tmp_path / "run" / "shared" / "dying").read_text()
     like = ranks.arrays_on("quarter")
     with Checkpointer(store, timeout_s=30) as ckpt:
         restored = ckpt.restore({"arrays": ranks.blank(like), "step": 0})
