@@ -1,7 +1,7 @@
 """The GPT of the torch example as JAX writes it: the names and shapes that `gpt_map` tells.
 
-It computes what `../torch_fsdp/gpt.py` does: RMSNorm with the same eps, exact GELU, causal attention,
-a head that shares the token embedding.
+It computes what `../torch_fsdp/gpt.py` does: RMSNorm with the same eps, exact GELU, causal
+attention, a head that shares the token embedding.
 """
 
 from __future__ import annotations

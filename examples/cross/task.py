@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import logging
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -74,11 +75,17 @@ def parse_options() -> argparse.Namespace:
     add = parser.add_argument
     add("--ckpt", required=True, help="store that all jobs share")
     add("--until", type=int, required=True, help="steps to have trained in all")
-    add("--alone", action="store_true", help="train from step 0 on and save nothing")
+    add("--alone-from", type=int, help="train from this step on and save nothing")
+    add("--no-moments", action="store_true", help="load parameters alone (in JAX)")
     add("--losses", type=Path, required=True, help="append one JSON line per step to this file")
     add("--restored", type=Path, help="write the state right after restore to this file (npz)")
     add("--trained", type=Path, help="write the state after the last step to this file (npz)")
     return parser.parse_args()
+
+
+def log_warnings() -> None:
+    """Print the warnings of shardckpt: what a restore through the map leaves behind."""
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stdout)
 
 
 def write_loss(path: Path, step: int, loss: float) -> None:

@@ -1,6 +1,6 @@
 """The JAX job of the demo: one process with eight devices, from the newest step, whoever saved it.
 
-    python examples/cross/train_jax.py --ckpt runs/cross --until 20 --losses losses.jsonl
+    python examples/cross/train_jax.py --ckpt runs --until 20 --losses j.jsonl
 
 It has no first values of its own: step 0 is what torch saved before it trained.
 """
@@ -19,7 +19,7 @@ import numpy as np
 import optax
 from gpt_map import gpt_map
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from task import Corpus, Task, check_text, parse_options, write_loss
+from task import Corpus, Task, check_text, log_warnings, parse_options, write_loss
 
 # isort: split
 from corpus import VOCABULARY
@@ -40,6 +40,7 @@ class Job:
 
     Attributes:
         blank: Shapes and shardings of parameters and optimizer state.
+        zeros: Makes them all zero.
         step: Takes and donates them with a batch; returns new ones and the loss.
         batches: Where batches lie.
     """
@@ -48,6 +49,7 @@ class Job:
     task: Task
     corpus: Corpus
     blank: dict[str, Any]
+    zeros: Any
     step: Any
     batches: NamedSharding
 
@@ -55,14 +57,20 @@ class Job:
 def main() -> None:
     """Run the job described on the command line."""
     jax.config.update("jax_num_cpu_devices", DEVICES)
+    log_warnings()
     job = build(parse_options(), Task())
-    options, model_map = job.options, gpt_map(job.task.heads)
+    if job.options.alone_from is None:
+        checkpointed_training(job)
+    else:
+        train(job, loaded(job), first=job.options.alone_from)
+
+
+def checkpointed_training(job: Job) -> None:
+    """Train from the newest step, and save the end."""
+    options = job.options
     blank = {**job.blank, "corpus": ""}
-    if options.alone:
-        train(job, load(options.ckpt, blank, step=0, map=model_map).state, first=0)
-        return
     with Checkpointer(options.ckpt, retention=Retention(last=4)) as ckpt:
-        restored = ckpt.restore(blank, map=model_map)
+        restored = ckpt.restore(blank, map=gpt_map(job.task.heads))
         if restored is None:
             raise SystemExit(f"{options.ckpt}: no step to go on from; start with train_torch.py")
         check_text(restored.state, job.corpus)
@@ -70,6 +78,18 @@ def main() -> None:
         state = train(job, restored.state, first=restored.step)
         ckpt.save(options.until, state)
     write_state(state, options.trained)
+
+
+def loaded(job: Job) -> dict[str, Any]:
+    """Return the state of the step to start from, without writing to the store."""
+    options, model_map = job.options, gpt_map(job.task.heads)
+    if options.no_moments:
+        # What is not loaded stays what it is in the target: the moments are those of step 0.
+        return load(
+            options.ckpt, job.zeros(), step=options.alone_from, only=["params/*"], map=model_map
+        ).state
+    blank = {**job.blank, "corpus": ""}
+    return load(options.ckpt, blank, step=options.alone_from, map=model_map).state
 
 
 def train(job: Job, state: dict[str, Any], first: int) -> dict[str, Any]:
@@ -114,7 +134,8 @@ def build(options: argparse.Namespace, task: Task) -> Job:
     results = (lies["params"], lies["opt_state"], NamedSharding(mesh, PartitionSpec()))
     compiled = jax.jit(step, donate_argnums=(0, 1), out_shardings=results)
     batches = NamedSharding(mesh, PartitionSpec("data"))
-    return Job(options, task, task.text(), blank, compiled, batches)
+    zeros = jax.jit(fresh, out_shardings=lies)
+    return Job(options, task, task.text(), blank, zeros, compiled, batches)
 
 
 def spec_of(array: Any) -> PartitionSpec:

@@ -1,7 +1,6 @@
 """The torch job of the demo: FSDP2 on any number of ranks, from the newest step, whoever saved it.
 
-    torchrun --standalone --nproc-per-node 2 examples/cross/train_torch.py \
-        --ckpt runs/cross --until 10 --losses losses.jsonl
+torchrun --nproc-per-node 2 examples/cross/train_torch.py --ckpt runs --until 10 --losses t.jsonl
 """
 
 from __future__ import annotations
@@ -15,7 +14,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from gpt_map import gpt_map
-from task import Corpus, Task, check_text, parse_options, write_loss
+from task import Corpus, Task, check_text, log_warnings, parse_options, write_loss
 
 # isort: split
 from corpus import VOCABULARY
@@ -49,8 +48,11 @@ def main() -> None:
     """Run one rank of the job described on the command line."""
     options = parse_options()
     with process_group() as device:
+        if dist.get_rank() == 0:
+            log_warnings()
         job = build(options, Task(), device)
-        if options.alone:
+        if options.alone_from is not None:
+            assert options.alone_from == 0, "this job goes on alone from its own first values only"
             train(job, first=0)
         else:
             checkpointed_training(job)

@@ -1,4 +1,4 @@
-"""Both real frameworks: what one saved in its processes, the other loads in its own, bit for bit."""
+"""Both real frameworks: what one saved, the other loads in its own processes, bit for bit."""
 
 from __future__ import annotations
 
