@@ -8,7 +8,7 @@ SOURCES := pyproject.toml constraints.txt $(shell find csrc -name '*.cc' -o -nam
 # TORCH= may ask for another torch than the tested one; everything else stays pinned.
 PINS := $(VENV)/constraints.txt
 
-.PHONY: setup demo demo-jax test test-all bench lint core-test core-test-arm clean
+.PHONY: setup demo demo-jax demo-cross test test-all bench lint core-test core-test-arm clean
 
 setup: $(STAMP)
 
@@ -22,6 +22,9 @@ $(STAMP): $(SOURCES)
 
 demo-jax: setup
 	$(BIN)/python examples/jax_pjit/demo.py
+
+demo-cross: setup
+	$(BIN)/python examples/cross/demo.py
 
 demo: setup
 	$(BIN)/python examples/torch_fsdp/demo.py

@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from types import TracebackType
 
     from shardckpt.coord.base import Coord
+    from shardckpt.load.maps import ModelMap
     from shardckpt.storage.base import Storage
 
 __all__ = ["Checkpointer", "Restored", "SaveHandle", "load"]
@@ -138,6 +139,7 @@ class Checkpointer:
         rename: Mapping[str, str] | None = None,
         cast: bool = False,
         fallback: bool = False,
+        map: ModelMap | None = None,
     ) -> Restored | None:
         """Return a new state from the newest step, whatever mesh and processes saved it.
 
@@ -153,6 +155,9 @@ class Checkpointer:
             rename: Saved key to key of this state; one `*` allowed on both sides.
             cast: Convert values to the dtype of the target.
             fallback: Where the newest step is damaged, take the one before, with a warning.
+            map: How the torch twin of the model is written: what torch saved is read through it,
+                and what JAX saved as if there were none. Random keys stay as they are; a schedule
+                is set to the number of steps that torch made.
 
         Returns:
             What was restored, its `state` new, or None where nothing was ever committed.
@@ -162,7 +167,7 @@ class Checkpointer:
             StepNotFoundError: That step is not there.
             CorruptCheckpointError: Damaged data; names the newest other step.
         """
-        options = _options(strict, only, rename, cast)
+        options = _options(strict, only, rename, cast, map)
         return self._core.restore(state, step=step, options=options, fallback=fallback)
 
     def steps(self) -> list[int]:
@@ -227,6 +232,7 @@ def load(
     only: tuple[str, ...] | list[str] = (),
     rename: Mapping[str, str] | None = None,
     cast: bool = False,
+    map: ModelMap | None = None,
     timeout_s: float = DEFAULT_TIMEOUT_S,
     coord: Coord | None = None,
 ) -> Restored:
@@ -245,7 +251,7 @@ def load(
     try:
         return load_once(
             _storage(url), JaxBackend(), used, state,
-            step=step, options=_options(strict, only, rename, cast),
+            step=step, options=_options(strict, only, rename, cast, map),
             timeout_s=timeout_s, namespace=_namespace(coord),
             environment=_environment(used.world_size),
         )  # fmt: skip
@@ -259,6 +265,7 @@ def _options(
     only: tuple[str, ...] | list[str],
     rename: Mapping[str, str] | None,
     cast: bool,
+    model_map: ModelMap | None,
 ) -> LoadOptions:
     if isinstance(only, str):
         raise TypeError(f"only={only!r}: pass a list of globs")
@@ -267,6 +274,7 @@ def _options(
         only=tuple(only),
         rename=dict(rename or {}),
         cast=cast,
+        model_map=model_map,
     )
 
 

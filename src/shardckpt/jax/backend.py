@@ -145,14 +145,14 @@ class JaxBackend:
         object_keys: set[str] = set()
         per_rank_keys: set[str] = set()
         problems: list[str] = []
-        for key, _, value in _items(finish.trees):
+        for key, role, value in _items(finish.trees):
             if isinstance(value, (jax.Array, jax.ShapeDtypeStruct)):
-                filled, leaf = self._target(key, value)
+                filled, leaf = self._target(key, role or OTHER, value)
                 if filled.impl is not None:
                     object_keys.add(f"{key}/{_IMPL}")
                     problems += _impl_problem(key, filled.impl, saved, only)
             elif isinstance(value, (np.ndarray, np.generic)):
-                filled, leaf = _numpy_target(key, value)
+                filled, leaf = _numpy_target(key, role or OTHER, value)
             elif as_per_rank(value) is not None:
                 per_rank_keys.add(key)
                 continue
@@ -217,7 +217,7 @@ class JaxBackend:
         words = private.key_words(array)
         return self._shards.leaf(f"{key}/{_WORDS}", words, OTHER, late=self._overlap)
 
-    def _target(self, key: str, like: Any) -> tuple[_Filled, Leaf]:
+    def _target(self, key: str, role: str, like: Any) -> tuple[_Filled, Leaf]:
         if isinstance(like, jax.core.Tracer):
             copies.check_storable(key, like)
         shape, dtype, stored, impl = tuple(like.shape), like.dtype, key, None
@@ -249,7 +249,7 @@ class JaxBackend:
         shards = tuple(Shard(box, target.buffers[box]) for box, _ in placed.boxes)
         return (
             _Filled(stored, target=target, impl=impl),
-            Leaf(stored, placed.spec, OTHER, placed.layout, shards),
+            Leaf(stored, placed.spec, role, placed.layout, shards),
         )
 
     def _stages(self, held: Held) -> bool:
@@ -290,13 +290,13 @@ def _words_sharding(like: Any, words_shape: tuple[int, ...]) -> Any:
     return private.words_sharding(like, words_shape)
 
 
-def _numpy_target(key: str, value: Any) -> tuple[_Filled, Leaf]:
+def _numpy_target(key: str, role: str, value: Any) -> tuple[_Filled, Leaf]:
     array = _plain(key, value)
     spec = spec_of(key, array.shape, array.dtype)
     buffer = Buffer(array.shape, np.dtype(array.dtype.newbyteorder("=")))
     shards = (Shard(whole(array.shape), buffer),) if array.size else ()
     filled = _Filled(key, buffer=buffer, is_scalar=isinstance(value, np.generic))
-    return filled, Leaf(key, spec, OTHER, None, shards)
+    return filled, Leaf(key, spec, role, None, shards)
 
 
 def _plain(key: str, value: Any) -> np.ndarray[Any, Any]:
