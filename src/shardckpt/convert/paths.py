@@ -1,13 +1,15 @@
 """Keys and the paths of a tree: one convention for everything that comes from a pytree. Pure.
 
 Layer: convert. A key is the path's elements joined by `/`: names of dict entries and NamedTuple
-fields, numbers of tuple and list entries. Inside an element `~` is written `~0` and `/` is written
-`~1`, as in a JSON pointer.
+fields, numbers of tuple and list entries. Inside an element `%`, `/` and control characters are
+written as `%` and two hex digits, as `shardckpt.jax` writes them.
 """
 
 from __future__ import annotations
 
+import re
 from typing import TYPE_CHECKING, Final
+from urllib.parse import unquote
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterable
@@ -15,24 +17,29 @@ if TYPE_CHECKING:
 Path = tuple[str, ...]
 
 _ADAM: Final = {"mu": "adam_m", "nu": "adam_v"}
+_ODD: Final = re.compile(r"[%/\x00-\x1f\x7f\ud800-\udfff]")
 
 
 def key_of(path: Iterable[str]) -> str:
     """Return the key of a path.
 
     >>> key_of(("params", "a/b", "0"))
-    'params/a~1b/0'
+    'params/a%2Fb/0'
     """
-    return "/".join(element.replace("~", "~0").replace("/", "~1") for element in path)
+
+    def code(found: re.Match[str]) -> str:
+        return "".join(f"%{byte:02X}" for byte in found[0].encode("utf-8", "surrogatepass"))
+
+    return "/".join(_ODD.sub(code, element) for element in path)
 
 
 def path_of(key: str) -> Path:
     """Return the path of a key.
 
-    >>> path_of("params/a~1b/0")
+    >>> path_of("params/a%2Fb/0")
     ('params', 'a/b', '0')
     """
-    return tuple(part.replace("~1", "/").replace("~0", "~") for part in key.split("/"))
+    return tuple(unquote(part, errors="surrogatepass") for part in key.split("/"))
 
 
 def roles_of(paths: Collection[Path]) -> dict[Path, str]:

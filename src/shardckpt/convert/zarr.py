@@ -125,12 +125,12 @@ class ArrayFolder:
         except (KeyError, TypeError, ValueError) as error:
             raise FormatError(f"{self._folder}/{metadata_name}: {_words(error)}") from error
         num_missing, first = 0, ""
-        for file in expected:
-            if f"{name}/{file}" not in names:
-                num_missing, first = num_missing + 1, first or f"{name}/{file}"
-        chunk = array.chunk_layout.read_chunk.shape or ()  # None for an array of 0 dims.
+        for chunk in expected:
+            if f"{name}/{chunk}" not in names:
+                num_missing, first = num_missing + 1, first or f"{name}/{chunk}"
+        decoded = array.chunk_layout.read_chunk.shape or ()  # None for an array of 0 dims.
         return StoredArray(
-            name, tuple(array.shape), array.dtype.name, tuple(chunk), num_missing, first
+            name, tuple(array.shape), array.dtype.name, tuple(decoded), num_missing, first
         )
 
     def read(self, wanted: Sequence[tuple[str, Box]]) -> list[np.ndarray[Any, Any]]:

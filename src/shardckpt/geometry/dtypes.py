@@ -10,9 +10,6 @@ from typing import Final
 
 ITEMSIZE_BYTES: Final[dict[str, int]] = {
     "bool": 1,
-    # One value in a byte, as ml_dtypes holds it in memory.
-    "int4": 1,
-    "uint4": 1,
     "int8": 1,
     "int16": 2,
     "int32": 4,
@@ -40,7 +37,9 @@ ITEMSIZE_BYTES: Final[dict[str, int]] = {
     # One value per byte, as ml_dtypes keeps them on the host.
     "float4_e2m1fn": 1,
     "int2": 1,
+    "int4": 1,
     "uint2": 1,
+    "uint4": 1,
 }
 
 
