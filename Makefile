@@ -8,7 +8,7 @@ SOURCES := pyproject.toml constraints.txt $(shell find csrc -name '*.cc' -o -nam
 # TORCH= may ask for another torch than the tested one; everything else stays pinned.
 PINS := $(VENV)/constraints.txt
 
-.PHONY: setup demo test test-all bench lint core-test core-test-arm clean
+.PHONY: setup demo demo-jax demo-cross test test-all bench lint core-test core-test-arm clean
 
 setup: $(STAMP)
 
@@ -17,8 +17,14 @@ $(STAMP): $(SOURCES)
 	grep -v '^torch==' constraints.txt > $(PINS)
 	$(BIN)/python -m pip install --quiet --upgrade -c $(PINS) pip scikit-build-core nanobind cmake ninja
 	$(BIN)/python -c 'import torch' 2>/dev/null || $(BIN)/python -m pip install --quiet -c $(PINS) '$(TORCH)'
-	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python -m pip install --quiet -c $(PINS) --no-build-isolation -e '.[torch,dev]'
+	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python -m pip install --quiet -c $(PINS) --no-build-isolation -e '.[torch,jax,dev]'
 	touch $(STAMP)
+
+demo-jax: setup
+	$(BIN)/python examples/jax_pjit/demo.py
+
+demo-cross: setup
+	$(BIN)/python examples/cross/demo.py
 
 demo: setup
 	$(BIN)/python examples/torch_fsdp/demo.py
@@ -30,7 +36,7 @@ test-all: setup
 	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python -m pytest -n 2 --dist loadfile -q
 
 bench: setup
-	for script in limits stall durable save_load many_small memory reshard; do \
+	for script in limits stall durable save_load many_small memory reshard jax_peers; do \
 	  $(BIN)/python benchmarks/$$script.py --json benchmarks/results/$$script.json || exit 1; \
 	done
 	$(BIN)/python benchmarks/report.py

@@ -20,20 +20,10 @@ from typing import TYPE_CHECKING, Any, Final
 
 import fio
 import torch
-from harness import (
-    GIB,
-    MIB,
-    Report,
-    arguments,
-    drop_from_cache,
-    join_gloo,
-    say,
-    scratch,
-    spread,
-    together,
-)
+from harness import GIB, MIB, Report, arguments, drop_from_cache, say, scratch, spread
 from save_load import KEPT_STEPS, Trainee, settle
 from torch import distributed
+from torch_job import join_gloo, together
 
 from shardckpt.options import Retention
 from shardckpt.testing.ranks import RankContext, run_ranks

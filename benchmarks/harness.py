@@ -17,12 +17,10 @@ import statistics
 import sys
 import tempfile
 from contextlib import contextmanager
+from importlib.metadata import version
 from pathlib import Path
 from time import perf_counter
 from typing import TYPE_CHECKING, Any, Final
-
-import torch
-from torch.distributed.tensor import DTensor
 
 import shardckpt
 from shardckpt import native
@@ -31,8 +29,6 @@ from shardckpt.staging.engine import SLOT_BYTES
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
-    from shardckpt.testing.ranks import RankContext
-    from shardckpt.torch import Checkpointer
 
 GIB: Final = 1 << 30
 MIB: Final = 1 << 20
@@ -58,7 +54,7 @@ def facts() -> dict[str, Any]:
         "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / GIB, 1),
         "kernel": platform.release().split("-")[0],
         "python": platform.python_version(),
-        "torch": str(torch.__version__),
+        "torch": version("torch"),
         "shardckpt": shardckpt.__version__,
         "native": native.IS_NATIVE,
     }
@@ -203,7 +199,7 @@ def resident_bytes() -> int:
     return 1024 * sum(int(value) for value in kib)
 
 
-def staging_bytes(checkpointer: Checkpointer) -> int:
+def staging_bytes(checkpointer: Any) -> int:
     """Return the host memory that a checkpointer holds for copies."""
     return checkpointer._core._saver._engine.stats()[0] * SLOT_BYTES
 
@@ -213,33 +209,3 @@ def scratch(parent: Path) -> Iterator[Path]:
     """Give a directory that is removed afterwards."""
     with tempfile.TemporaryDirectory(prefix="shardckpt-bench-", dir=parent.resolve()) as name:
         yield Path(name)
-
-
-def locals_of(state: Any) -> list[torch.Tensor]:
-    """Return what this rank holds of every tensor in nested dicts, flat."""
-    if isinstance(state, dict):
-        return [tensor for inner in state.values() for tensor in locals_of(inner)]
-    if not isinstance(state, torch.Tensor):
-        return []
-    local = state.to_local() if isinstance(state, DTensor) else state
-    return [local.detach().view(-1)]
-
-
-def join_gloo(told: RankContext) -> None:
-    """Join the process group of a run's ranks, told what torchrun would tell them."""
-    os.environ["LOCAL_WORLD_SIZE"] = str(told.world_size)
-    torch.distributed.init_process_group(
-        "gloo",
-        init_method=f"tcp://127.0.0.1:{told.port}",
-        rank=told.rank,
-        world_size=told.world_size,
-    )
-
-
-def together(call: Callable[[], object]) -> float:
-    """Return the seconds until every rank has done its call."""
-    torch.distributed.barrier()
-    started = perf_counter()
-    call()
-    torch.distributed.barrier()
-    return perf_counter() - started

@@ -15,12 +15,13 @@ from collections import defaultdict
 from typing import TYPE_CHECKING, Any, Final
 
 import torch
-from harness import Report, arguments, join_gloo, say, scratch, spread, together
+from harness import Report, arguments, say, scratch, spread
 from torch import distributed
 from torch.distributed import checkpoint as dcp
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.placement_types import Shard
+from torch_job import join_gloo, together
 
 from shardckpt.options import Retention
 from shardckpt.testing.ranks import RankContext, run_ranks

@@ -22,7 +22,9 @@ if TYPE_CHECKING:
 
     from matplotlib.axes import Axes
 
-ORDER: Final = ("limits", "stall", "durable", "save_load", "many_small", "memory", "reshard")
+ORDER: Final = (
+    "limits", "stall", "durable", "save_load", "many_small", "memory", "reshard", "jax_peers",
+)  # fmt: skip
 SHARED_FACTS: Final = (
     "cpu", "cores", "memory_gib", "kernel", "python", "torch", "shardckpt", "native",
 )  # fmt: skip

@@ -25,20 +25,18 @@ from harness import (
     Report,
     arguments,
     drop_from_cache,
-    join_gloo,
-    locals_of,
     read_into_cache,
     say,
     scratch,
     spread,
     staging_bytes,
-    together,
 )
 from torch import distributed, nn
 from torch.distributed import checkpoint as dcp
 from torch.distributed.checkpoint.state_dict import get_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
+from torch_job import join_gloo, locals_of, together
 
 from shardckpt.options import Retention
 from shardckpt.testing.ranks import RankContext, run_ranks

@@ -24,9 +24,10 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
 import torch
-from harness import GIB, Report, arguments, join_gloo, say, scratch, table
+from harness import GIB, Report, arguments, say, scratch, table
 from systems import OURS, PEERS, Shardckpt, System, open_peers
 from torch import distributed
+from torch_job import join_gloo
 from trainee import Mode, Step, Trainee, state_mib
 
 from shardckpt.testing.ranks import RankContext, run_ranks
@@ -122,6 +123,7 @@ class Bench:
         self.trainee.prepare("device")
         for system in self.systems.values():
             for _ in range(WARM_UP_SAVES if system is self._ours else 1):
+                self._settle(system, "device")
                 self._turn(system, "device")
 
     def run(self, mode: Mode) -> dict[str, list[Turn]]:
@@ -131,6 +133,7 @@ class Bench:
         peers = [name for name in self.systems if name != OURS]
         for round_ in range(self._scenario.rounds):
             for name in self._scenario.turns(round_, peers):
+                self._settle(self.systems.get(name), mode)
                 turns[name].append(self._turn(self.systems.get(name), mode))
         self._check(mode)
         return dict(turns)
@@ -141,13 +144,17 @@ class Bench:
             system.close()
         distributed.destroy_process_group()
 
-    def _turn(self, system: System | None, mode: Mode) -> Turn:
-        trainee = self.trainee
-        self._step += 1
+    def _settle(self, system: System | None, mode: Mode) -> None:
+        """Clean up and take a step: a save follows training, not what another system left."""
         if self._rank == 0 and system is not None:
             system.tidy()
             os.sync()
         distributed.barrier()
+        self.trainee.step(mode)
+
+    def _turn(self, system: System | None, mode: Mode) -> Turn:
+        trainee = self.trainee
+        self._step += 1
         cpu_s = _cpu_s(system)
         started = waited = saved = time.perf_counter()
         if system is not None:
@@ -174,6 +181,7 @@ class Bench:
         Raises:
             AssertionError: A bit differs.
         """
+        self._settle(self._ours, mode)
         copies = [value.clone() for value in self.trainee.locals]
         self._turn(self._ours, mode)
         self._ours.load()

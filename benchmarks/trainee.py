@@ -12,12 +12,13 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final, Literal
 
 import torch
-from harness import MIB, locals_of
+from harness import MIB
 from torch import distributed, nn
 from torch.distributed.checkpoint.state_dict import get_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.nn import functional
+from torch_job import locals_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable

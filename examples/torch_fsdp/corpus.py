@@ -12,9 +12,9 @@ import hashlib
 import sysconfig
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
-import torch
+import numpy as np
 
 VOCABULARY: Final = 256
 _ROUNDS: Final = 4
@@ -33,8 +33,8 @@ class Corpus:
         digest: Names the text; two jobs with one digest saw the same bytes.
     """
 
-    train: torch.Tensor
-    held_out: torch.Tensor
+    train: np.ndarray[Any, Any]
+    held_out: np.ndarray[Any, Any]
     digest: str
 
 
@@ -55,7 +55,7 @@ def standard_library(max_bytes: int) -> Corpus:
     if not text:
         raise FileNotFoundError(f"no .py files below {root}: this Python ships without its source")
     del text[max_bytes:]
-    tokens = torch.frombuffer(text, dtype=torch.uint8)
+    tokens = np.frombuffer(text, dtype=np.uint8)
     cut = len(text) * 95 // 100
     return Corpus(tokens[:cut], tokens[cut:], hashlib.sha256(text).hexdigest()[:16])
 
@@ -88,13 +88,13 @@ def window_of(sample: int, num_windows: int, seed: int) -> int:
 
 
 def batch_of(
-    text: torch.Tensor, samples: range, context: int, seed: int
-) -> tuple[torch.Tensor, torch.Tensor]:
+    text: np.ndarray[Any, Any], samples: range, context: int, seed: int
+) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
     """Return inputs and next-byte targets, both int64 of shape (samples, context)."""
     num_windows = (len(text) - 1) // context
     starts = [context * window_of(sample, num_windows, seed) for sample in samples]
-    windows = torch.stack([text[start : start + context + 1] for start in starts]).long()
-    return windows[:, :-1].contiguous(), windows[:, 1:].contiguous()
+    windows = np.stack([text[start : start + context + 1] for start in starts]).astype(np.int64)
+    return np.ascontiguousarray(windows[:, :-1]), np.ascontiguousarray(windows[:, 1:])
 
 
 def slice_of_rank(first: int, global_batch: int, rank: int, world_size: int) -> range:

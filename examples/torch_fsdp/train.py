@@ -47,6 +47,8 @@ from shardckpt.torch import Checkpointer, RngState
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    import numpy as np
+
 CORPUS_BYTES: Final = 4_000_000
 _NO_CONFIG: Final = ("ckpt", "metrics", "log_every", "stop_step", "resume_step", "no_checkpoint")
 
@@ -176,12 +178,14 @@ def validation_loss(job: Job) -> float:
     return global_mean(token_losses(job, job.corpus.held_out, samples))
 
 
-def token_losses(job: Job, text: torch.Tensor, samples: range) -> torch.Tensor:
+def token_losses(job: Job, text: np.ndarray[Any, Any], samples: range) -> torch.Tensor:
     """Return the loss of every token of these samples, flat, float32."""
     inputs, targets = batch_of(text, samples, job.options.context, job.options.seed)
-    logits = job.model(inputs.to(job.device))
+    logits = job.model(torch.from_numpy(inputs).to(job.device))
     return F.cross_entropy(
-        logits.view(-1, VOCABULARY), targets.to(job.device).view(-1), reduction="none"
+        logits.view(-1, VOCABULARY),
+        torch.from_numpy(targets).to(job.device).view(-1),
+        reduction="none",
     )
 
 

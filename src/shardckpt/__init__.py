@@ -7,6 +7,7 @@ from shardckpt.errors import (
     DeadlineError,
     FencedError,
     FormatError,
+    ModelMapError,
     OutcomeUnknownError,
     PoisonedStateError,
     SaveFailedError,
@@ -19,6 +20,7 @@ from shardckpt.errors import (
     TornCopyError,
     UnsupportedStateError,
 )
+from shardckpt.load.maps import ModelMap, Rule
 from shardckpt.options import Best, Every, Retention, Staging
 from shardckpt.state import PerRank
 
@@ -30,10 +32,13 @@ __all__ = [
     "Every",
     "FencedError",
     "FormatError",
+    "ModelMap",
+    "ModelMapError",
     "OutcomeUnknownError",
     "PerRank",
     "PoisonedStateError",
     "Retention",
+    "Rule",
     "SaveFailedError",
     "ShardckptError",
     "Staging",

@@ -2,8 +2,8 @@
 
 Layer: above state, below checkpointer. The core calls these in this order. Save: `describe`,
 `host_array` for every shard it will store. Restore: `targets` builds what is wanted, the core
-compares it with what is saved and reads into `host_array` of the targets, then `finish` gives back
-what is not an array.
+compares it with what is saved and reads into `host_target` of the targets, then `finish` hands over
+what is not an array and returns the restored state.
 """
 
 from __future__ import annotations
@@ -66,9 +66,16 @@ class Targets:
 
 
 class Backend(Protocol):
-    """One framework. `state` is what the user passes: a mapping of names to objects."""
+    """One framework. `state` is what the user passes: a mapping of names to objects.
+
+    Attributes:
+        name: Of the framework.
+        fills_in_place: Whether reading changes what the user's state holds, so that a failure half
+            way leaves a mixture.
+    """
 
     name: str
+    fills_in_place: bool
 
     def describe(self, state: Any) -> StateTree:
         """Return what `state` holds, without copying arrays and without communication.
@@ -104,8 +111,11 @@ class Backend(Protocol):
     def placed(self, data: object, host: HostArray) -> None:
         """Copy a filled `host_target` into the target where it is not the target's own memory."""
 
-    def finish(self, targets: Targets, saved: SavedState) -> None:
-        """Attach created state and hand objects and per-rank values to their owners.
+    def finish(self, targets: Targets, saved: SavedState) -> Any:
+        """Attach created state, hand objects and per-rank values to their owners.
+
+        Returns:
+            The restored state: what the user passed where it is filled in place, else a new one.
 
         Raises:
             StateMismatchError: An owner refused its value.

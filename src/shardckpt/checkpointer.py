@@ -68,7 +68,7 @@ class Restored:
 
     Attributes:
         step: The step restored.
-        state: The state, filled in place for torch.
+        state: The state: the very one that was passed, filled in place, in torch; a new one in JAX.
         world_size: Ranks that had saved it.
         metrics: Figures saved with it.
         config: The training configuration saved with it.
@@ -354,7 +354,7 @@ class CheckpointerCore:
     ) -> Restored:
         started = time.monotonic()
         try:
-            checkpoint, stats = _read(
+            checkpoint, filled, stats = _read(
                 self._backend, self._storage, state, chosen, lease, round_, options,
                 Together(self._exchange),
             )  # fmt: skip
@@ -363,7 +363,7 @@ class CheckpointerCore:
             raise failed.error from None
         self._poison = None
         entry = self._entry(chosen.attempt)
-        restored = restored_from(checkpoint, entry, state, stats, self._environment, self._config)
+        restored = restored_from(checkpoint, entry, filled, stats, self._environment, self._config)
         if self._coord.rank == 0:
             _logger.info(
                 "step %d: restored in %.2f s, saved on %d ranks, now %d",
@@ -450,13 +450,13 @@ def load_once(
     if chosen.is_empty:
         raise StepNotFoundError(f"{storage.url}: nothing is committed yet")
     try:
-        checkpoint, stats = _read(
+        checkpoint, filled, stats = _read(
             backend, storage, state, chosen, lease, round_, options, together or Together()
         )
     except PoisonError as failed:
         raise failed.error from None
     entry = catalog.newest().entry(chosen.attempt)
-    return restored_from(checkpoint, entry, state, stats, environment, None)
+    return restored_from(checkpoint, entry, filled, stats, environment, None)
 
 
 def _read(
@@ -468,7 +468,7 @@ def _read(
     round_: Round,
     options: LoadOptions,
     together: Together,
-) -> tuple[OpenCheckpoint, LoadStats]:
+) -> tuple[OpenCheckpoint, Any, LoadStats]:
     """Open what was chosen and fill the state under its lease; the files are closed on return."""
     with Renewing(lease), no_garbage_collection():
         try:
@@ -477,6 +477,7 @@ def _read(
             round_.fail(error)
             raise
         try:
-            return checkpoint, load_state(backend, state, checkpoint, round_, options, together)
+            loaded = load_state(backend, state, checkpoint, round_, options, together)
+            return checkpoint, *loaded
         finally:
             checkpoint.close()

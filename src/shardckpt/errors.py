@@ -17,6 +17,10 @@ class StateMismatchError(ShardckptError, ValueError):
         self.problems = problems
 
 
+class ModelMapError(ShardckptError, ValueError):
+    """A model map contradicts itself; the message names the rule."""
+
+
 class UnsupportedStateError(ShardckptError, TypeError):
     """A value in the state cannot be stored exactly; the message names its path and type."""
 

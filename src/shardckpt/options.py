@@ -98,8 +98,9 @@ class Staging:
     """How saves are copied and written beside the training.
 
     Attributes:
-        overlap: Copy what fenced optimizers own while forward and backward run; False copies all of
-            the state before `save` returns.
+        overlap: Copy late what a fence guards, while training goes on; False copies all of the
+            state before `save` returns. None is the default of the front: True in torch, where
+            every optimizer is a fence, False in JAX, where an array to be copied cannot be donated.
         staging_bytes: Host memory of this rank for copies, in bytes; less than the state makes it a
             ring, and `save` or the fence waits for the disk. None: what one save takes, but at most
             40 % of the memory limit, shared by the ranks of the host.
@@ -112,7 +113,7 @@ class Staging:
         cpus: Processors the background threads may run on; empty for all.
     """
 
-    overlap: bool = True
+    overlap: bool | None = None
     staging_bytes: int | None = None
     check_copies: bool = False
     write_bytes_per_s: int | None = None

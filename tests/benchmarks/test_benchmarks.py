@@ -82,3 +82,18 @@ def test_results_have_every_figure_and_the_report_shows_them(tmp_path: Path) -> 
     for picture in ("stall.svg", "steps.svg", "sizes.svg", "durable.svg"):
         assert f"]({picture})" in page
         assert (results / picture).stat().st_size > 0
+
+
+@pytest.mark.slow
+@pytest.mark.multiproc
+@pytest.mark.timeout(300)
+def test_jax_beside_orbax_has_a_figure_for_every_claim(tmp_path: Path) -> None:
+    pytest.importorskip("jax")
+    path = tmp_path / "jax_peers.json"
+    output = run(
+        "jax_peers", "--quick", "--processes", "1", "--directory", str(tmp_path), "--json",
+        str(path),
+    )  # fmt: skip
+    figures = result_of(output, path)["figures"]
+    for what in ("stall", "inflation", "save_speed", "restore_other_mesh", "memory", "small"):
+        assert any(what in name and figure["must"] for name, figure in figures.items()), what

@@ -131,7 +131,7 @@ def test_boxes_outside_the_array_are_a_coverage_problem() -> None:
 
 @pytest.mark.parametrize(
     ("mesh", "ranks", "cuts"),
-    [((2,), (0,), ()), ((2,), (0, 0), ()), ((2,), (0, 1), ((1,),)), ((2, 1), (0, 1), ((0, 0),))],
+    [((2,), (0,), ()), ((2,), (0, 0, 0), ()), ((2,), (0, 1), ((1,),)), ((2, 1), (0, 1), ((0, 0),))],
 )
 def test_a_mesh_that_contradicts_itself_is_refused(
     mesh: tuple[int, ...], ranks: tuple[int, ...], cuts: tuple[tuple[int, ...], ...]

@@ -284,10 +284,10 @@ def _problem(manifest: Manifest) -> str | None:
     unknown = sorted(set(manifest.dtypes) - ITEMSIZE_BYTES.keys())
     if unknown:
         return f"unknown dtypes {unknown}"
-    for key, shape in zip(manifest.keys, manifest.shapes, strict=True):
+    for shape, key in dict(zip(map(tuple, manifest.shapes), manifest.keys, strict=True)).items():
         is_negative = bool(shape) and min(shape) < 0
         if len(shape) > MAX_DIMS or is_negative or math.prod(shape) > _MAX_ELEMENTS:
-            return f"key {key!r} has the impossible shape {shape}"
+            return f"key {key!r} has the impossible shape {list(shape)}"
     if any(not 0 <= i < len(manifest.layouts) for i in manifest.layout_ids):
         return "a tensor has no layout"
     if set(manifest.per_rank.values()) - set(PER_RANK_RULES):

@@ -3,7 +3,8 @@
 Layer: geometry (integers only). A dim may be cut by several mesh axes, one after the other; each
 cut is a ceil-chunk, so that the last shards may be short or empty. This is what FSDP2 does, what TP
 followed by FSDP does (tensor-parallel axis first: torch writes it as a strided shard), and what
-JAX's PartitionSpec means. Axes that cut nothing hold replicas.
+JAX's PartitionSpec means. Axes that cut nothing hold replicas. Where one rank drives several
+devices it stands on the mesh once for each of them.
 """
 
 from __future__ import annotations
@@ -27,7 +28,8 @@ class MeshLayout:
 
     Attributes:
         mesh_shape: Ranks along each axis.
-        ranks: Global rank at each mesh coordinate, row-major; `len == prod(mesh_shape)`.
+        ranks: Global rank at each mesh coordinate, row-major; `len == prod(mesh_shape)`. A rank may
+            stand at several.
         cuts: For each array dim the mesh axes that cut it, in the order in which they cut. Dims at
             the end that nothing cuts may be left out.
     """
@@ -40,11 +42,13 @@ class MeshLayout:
         """Refuse a mesh whose parts contradict each other.
 
         Raises:
-            ValueError: Wrong number of ranks, a rank twice, an unknown axis or an axis used twice.
+            ValueError: Wrong number of ranks, an unknown axis or an axis used twice.
         """
         axes = [axis for cut in self.cuts for axis in cut]
-        if len(self.ranks) != math.prod(self.mesh_shape) or len(set(self.ranks)) != len(self.ranks):
-            raise ValueError(f"mesh {self.mesh_shape} needs distinct ranks, got {self.ranks}")
+        if len(self.ranks) != math.prod(self.mesh_shape):
+            raise ValueError(
+                f"mesh {self.mesh_shape} needs {math.prod(self.mesh_shape)} ranks, got {self.ranks}"
+            )
         if len(set(axes)) != len(axes) or not all(0 <= a < len(self.mesh_shape) for a in axes):
             raise ValueError(f"cuts {self.cuts} do not fit mesh {self.mesh_shape}")
 
@@ -56,15 +60,22 @@ class MeshLayout:
 
     @cached_property
     def num_replicas(self) -> int:
-        """Equal copies of every shard."""
-        return math.prod(self.mesh_shape[a] for a in self.replica_axes)
+        """Ranks that hold a copy of the first shard; the same for every shard of a regular mesh."""
+        if self.has_distinct_ranks:
+            return math.prod(self.mesh_shape[a] for a in self.replica_axes)
+        return len(self._ranks_where({axis: 0 for cut in self.cuts for axis in cut}))
+
+    @cached_property
+    def has_distinct_ranks(self) -> bool:
+        """Whether every rank stands at one coordinate only."""
+        return len(self._index_of_rank) == len(self.ranks)
 
     @cached_property
     def _index_of_rank(self) -> dict[int, int]:
         return {rank: i for i, rank in enumerate(self.ranks)}
 
     def coordinate(self, rank: int) -> Shape | None:
-        """Return the mesh coordinate of a global rank, or None where it is not on the mesh."""
+        """Return the mesh coordinate of a rank that stands once on the mesh; None where nowhere."""
         index = self._index_of_rank.get(rank)
         return None if index is None else _unravel(index, self.mesh_shape)
 
@@ -91,8 +102,8 @@ class MeshLayout:
     def shards_touching(self, wanted: Box, shape: Shape) -> Iterator[tuple[Box, tuple[int, ...]]]:
         """Yield `(box, ranks)` of every non-empty shard that meets `wanted`.
 
-        `ranks[i]` holds replica `i` of that shard. Cost grows with the shards met, not with the
-        mesh.
+        `ranks[i]` holds replica `i` of that shard; a rank that holds several holds the first of
+        them. Cost grows with the shards met, not with the mesh.
         """
         per_dim: list[list[tuple[int, int, tuple[int, ...]]]] = []
         for dim, size in enumerate(shape):
@@ -120,7 +131,7 @@ class MeshLayout:
             for axis, size in enumerate(self.mesh_shape):
                 index = index * size + by_axis[axis]
             ranks.append(self.ranks[index])
-        return tuple(ranks)
+        return tuple(ranks) if self.has_distinct_ranks else tuple(dict.fromkeys(ranks))
 
 
 def replicated(ranks: tuple[int, ...]) -> MeshLayout:

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from collections.abc import Collection, Iterable, Mapping
 
     from shardckpt.backend import SavedLeaf, SavedState, Targets
+    from shardckpt.load.mapped import Mapped
 
 _MAX_SHOWN: Final = 50
 _MAX_FOR_NEAREST: Final = 200
@@ -68,6 +69,7 @@ def mismatches(
     cast: bool,
     only: Collection[str],
     refused_per_rank: Mapping[str, str],
+    mapped: Mapped | None = None,
 ) -> list[str]:
     """Return one line per key that does not fit.
 
@@ -78,22 +80,26 @@ def mismatches(
         cast: Whether another dtype of the same kind is converted.
         only: Globs of keys wanted.
         refused_per_rank: Per-rank keys that this world size may not have, with the reason.
+        mapped: What a model map told of the saved names; None where none is used.
     """
     problems: list[str] = []
+    notes: Mapping[str, str] = {}
+    if mapped is not None:
+        problems += mapped.problems
+        notes = mapped.notes
     missing: list[str] = []
     for key, leaf in targets.leaves.items():
-        if not is_wanted(key, only):
+        if only and not is_wanted(key, only):
             continue
         found = saved.leaves.get(saved.aliases.get(key, key))
         if found is None:
             missing.append(key)
         elif found.spec.shape != leaf.spec.shape:
-            problems.append(_shape_problem(key, found, leaf.spec.shape, str(leaf.spec)))
+            problems.append(_shape_problem(key, found, leaf.spec.shape, str(leaf.spec), notes))
         elif found.spec.dtype != leaf.spec.dtype and not cast:
             problems.append(
-                f"{key!r}: saved as {found.spec}, target is {leaf.spec}; cast the target, or "
-                "pass cast=True "
-                "to convert while reading"
+                f"{key!r}{notes.get(key, '')}: saved as {found.spec}, target is {leaf.spec}; "
+                "cast the target, or pass cast=True to convert while reading"
             )
     for keys, have in (
         (targets.object_keys, saved.objects.keys()),
@@ -113,7 +119,8 @@ def mismatches(
     every_target = [*targets.leaves, *targets.object_keys, *targets.per_rank_keys]
     problems += [f"{key!r}: not in the checkpoint{_nearest(key, every_saved)}" for key in missing]
     problems += [
-        f"{key!r}: saved, but not in the state{_nearest(key, every_target)}" for key in unexpected
+        f"{key!r}{notes.get(key, '')}: saved, but not in the state{_nearest(key, every_target)}"
+        for key in unexpected
     ]
     return problems
 
@@ -148,14 +155,16 @@ def _unexpected(saved: SavedState, targets: Targets, only: Collection[str]) -> l
     return sorted(key for key in unexpected if is_wanted(key, only))
 
 
-def _shape_problem(key: str, found: SavedLeaf, shape: tuple[int, ...], target: str) -> str:
+def _shape_problem(
+    key: str, found: SavedLeaf, shape: tuple[int, ...], target: str, notes: Mapping[str, str]
+) -> str:
     if len(found.spec.shape) != len(shape):
         hint = "another architecture" if found.role in ("param", "buffer") else "another optimizer"
     elif found.role in ("param", "buffer"):
         hint = "another size of model"
     else:
         hint = "the optimizer's state belongs to another size of model"
-    return f"{key!r}: saved as {found.spec}, target is {target} ({hint})"
+    return f"{key!r}{notes.get(key, '')}: saved as {found.spec}, target is {target} ({hint})"
 
 
 def _nearest(key: str, candidates: list[str]) -> str:

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Final
 import msgspec
 
 from shardckpt.format.shard_file import CHUNK_BYTES
-from shardckpt.load.plan import LoadPlan, Piece, load_plan_of
+from shardckpt.load.plan import LoadPlan, Piece, load_plan_of, piece_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -103,7 +103,7 @@ def wants_of(plan: LoadPlan) -> Wants:
     last: Piece | None = None
     for file, pieces in sorted(_pieces(plan).values(), key=lambda found: _name(found[0])):
         last = None
-        for piece in sorted(pieces, key=lambda p: (p.file_start, p.file_stop)):
+        for piece in pieces:
             if last is not None and _joins(last, piece):
                 wants.stops[-1] = max(wants.stops[-1], piece.file_stop)
             else:
@@ -256,7 +256,7 @@ def _part(piece: Piece, start: int, stop: int) -> Piece:
     if (start, stop) == (piece.start, piece.stop):
         return piece
     direct = piece.direct_address and piece.direct_address + start - piece.start
-    return msgspec.structs.replace(piece, start=start, stop=stop, direct_address=direct)
+    return piece_of(piece.payload, start, stop, piece.wanted, piece.inner, direct)
 
 
 def _intervals(lists: Sequence[Wants]) -> Iterator[tuple[FileName, int, int, int]]:

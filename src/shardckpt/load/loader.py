@@ -8,8 +8,8 @@ Layer: load. Order of one load, on every rank:
    once and exchanged (`load.shared`); until here nothing has changed;
 3. read, verify, place; all ranks agree again; then objects are handed over.
 
-A failure in 3 leaves the state poisoned, unless `transactional` kept the bytes aside until all had
-succeeded.
+A failure in 3 leaves a state that is filled in place poisoned, unless `transactional` kept the
+bytes aside until all had succeeded.
 """
 
 from __future__ import annotations
@@ -27,7 +27,10 @@ from shardckpt.errors import DeadlineError, ShardckptError, error_named
 from shardckpt.geometry.layout import BoxLayout, Layout
 from shardckpt.load.cast import Temporary, allocate
 from shardckpt.load.check import is_wanted, mismatches, raise_mismatch, target_names
+from shardckpt.load.expand import Source, expand, filled
+from shardckpt.load.mapped import applies, map_state
 from shardckpt.load.plan import LoadPlan, Wanted, plan_load
+from shardckpt.load.scalars import read_scalars
 from shardckpt.load.shared import PeersFailedError
 from shardckpt.load.together import (
     AllLinked,
@@ -41,6 +44,10 @@ from shardckpt.load.together import (
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
 
+    from shardckpt.format.manifest import SavedTensor
+    from shardckpt.geometry.box import Box
+    from shardckpt.load.mapped import Mapped
+    from shardckpt.load.maps import ModelMap
     from shardckpt.load.open import OpenCheckpoint
     from shardckpt.state import HostArray, Shard
 
@@ -60,6 +67,7 @@ class LoadOptions:
         cast: Convert to the target's dtype.
         transactional: Keep the bytes aside until every rank has all of them; costs the state's
             memory again.
+        model_map: How to read a checkpoint of the other framework; unused for one of the own.
     """
 
     strict: bool = True
@@ -67,6 +75,7 @@ class LoadOptions:
     rename: Mapping[str, str] = field(default_factory=dict)
     cast: bool = False
     transactional: bool = False
+    model_map: ModelMap | None = None
 
 
 class Ok(msgspec.Struct, frozen=True):
@@ -110,8 +119,8 @@ def load_state(
     round_: Round,
     options: LoadOptions,
     together: Together,
-) -> LoadStats:
-    """Fill `state` from an open checkpoint, on all ranks or none.
+) -> tuple[Any, LoadStats]:
+    """Fill `state` from an open checkpoint, on all ranks or none; return it, or what replaces it.
 
     Raises:
         StateMismatchError: It does not fit; nothing was changed.
@@ -120,40 +129,48 @@ def load_state(
     """
     try:
         saved, refused = saved_state(checkpoint, round_.rank, round_.world_size, options)
+        mapped = _mapped(backend, state, saved, checkpoint, options)
+        if mapped is not None:
+            saved, refused = mapped.saved, {}
         targets = backend.targets(state, saved, only=options.only)
+        if mapped is not None:
+            targets = mapped.wanted(targets)
         step, url = checkpoint.manifest.step, checkpoint.storage.url
         raise_mismatch(
             step, url,
             mismatches(
                 saved, targets, strict=options.strict, cast=options.cast, only=options.only,
-                refused_per_rank=refused,
+                refused_per_rank=refused, mapped=mapped,
             ),
         )  # fmt: skip
-        filling = _Filling(backend, targets, saved, checkpoint, options)
+        filling = _Filling(backend, targets, saved, checkpoint, options, mapped)
         meeting = Meeting(filling.plan, round_.rank, together)
     except Exception as error:
         round_.fail(error)
         raise
     try:
         _meet(meeting, round_)
+        if mapped is not None and round_.rank == 0:
+            for remark in mapped.remarks:
+                _logger.warning("step %d, read through a model map: %s", step, remark)
         for key in saved.per_rank_dropped:
             if key in targets.per_rank_keys:
                 _logger.warning(
                     "%s: saved by another world size; the target's own value is kept", key
                 )
-        with _poisoning(poisons=not options.transactional):
+        with _poisoning(poisons=backend.fills_in_place and not options.transactional):
             stats = _read(meeting, filling.plan, round_)
     finally:
         meeting.close()
     with _poisoning(poisons=True):
         try:
             filling.place()
-            backend.finish(targets, saved)
+            restored = backend.finish(targets, saved)
         except Exception as error:
             round_.fail(error)
             raise
         _agree(round_, "placed", Ok(), _all_ok, Ok)
-    return stats
+    return restored, stats
 
 
 def _meet(meeting: Meeting, round_: Round) -> None:
@@ -238,6 +255,27 @@ def saved_state(
     return SavedState(leaves, objects, per_rank, aliases, tuple(dropped)), refused
 
 
+def _mapped(
+    backend: Backend,
+    state: Any,
+    saved: SavedState,
+    checkpoint: OpenCheckpoint,
+    options: LoadOptions,
+) -> Mapped | None:
+    """Return the saved state in the other framework's terms, where there is a map and a need."""
+    saved_by = checkpoint.manifest.framework
+    if options.model_map is None or not applies(saved_by, backend.name):
+        return None
+    stored = target_names(checkpoint.tensors, options.rename)
+    return map_state(
+        options.model_map, saved_by,
+        {name: checkpoint.tensors[key] for key, name in stored.items()}, saved,
+        backend.targets(state, SavedState({}, {}, {}, {}), only=options.only),
+        lambda tensors: read_scalars(checkpoint, tensors),
+        strict=options.strict, only=options.only,
+    )  # fmt: skip
+
+
 def _is_sharded(layout: Layout) -> bool:
     return isinstance(layout, BoxLayout) or any(layout.cuts)
 
@@ -259,6 +297,7 @@ class _Filling:
         saved: SavedState,
         checkpoint: OpenCheckpoint,
         options: LoadOptions,
+        mapped: Mapped | None,
     ) -> None:
         self._backend = backend
         self._temporaries: list[Temporary] = []
@@ -267,23 +306,38 @@ class _Filling:
         by_name = {name: checkpoint.tensors[key] for key, name in stored.items()}
         wanted: list[Wanted] = []
         for key, leaf in targets.leaves.items():
-            tensor = by_name.get(saved.aliases.get(key, key))
-            if tensor is None or not is_wanted(key, options.only):
+            if options.only and not is_wanted(key, options.only):
+                continue
+            name = saved.aliases.get(key, key)
+            fill = None if mapped is None else mapped.fills.get(key)
+            source = by_name.get(name) if mapped is None else mapped.sources.get(name)
+            if source is None and fill is None:
                 continue
             for shard in leaf.shards:
                 if shard.box.num_elements == 0:
                     continue
                 host = backend.host_target(shard.data)
                 self._placed.append((shard, host))
-                aside = options.transactional or leaf.spec.dtype != tensor.spec.dtype
-                if aside:
-                    source = allocate(shard.box.shape, tensor.spec.dtype)
-                    self._temporaries.append(
-                        Temporary(source, tensor.spec.dtype, host, leaf.spec.dtype)
-                    )
-                    host = source
-                wanted.append(Wanted(tensor, shard.box, host))
+                if source is None:
+                    self._temporaries.append(filled(fill or 0, host, leaf.spec.dtype))
+                else:
+                    aside = options.transactional or leaf.spec.dtype != source.spec.dtype
+                    wanted += self._wanted(source, shard.box, host, leaf.spec.dtype, aside=aside)
         self.plan: LoadPlan = plan_load(checkpoint, wanted)
+
+    def _wanted(
+        self, source: SavedTensor | Source, box: Box, host: HostArray, dtype: str, *, aside: bool
+    ) -> list[Wanted]:
+        """Return what fills a target, by way of a buffer where it is not filled in place."""
+        memory = allocate(box.shape, source.spec.dtype) if aside else host
+        if isinstance(source, Source):
+            wanted, copies = expand(source, box, memory)
+            self._temporaries += copies
+        else:
+            wanted = [Wanted(source, box, memory)]
+        if aside:
+            self._temporaries.append(Temporary(memory, source.spec.dtype, host, dtype))
+        return wanted
 
     def place(self) -> None:
         for temporary in self._temporaries:

@@ -63,6 +63,8 @@ class Piece(msgspec.Struct, frozen=True, gc=False):
         inner: The part of the shard that is wanted, in coordinates of the shard.
         direct_address: Where all of them go as they are, or 0 where `copy_rows_of` says what goes
             where.
+        file_start: First byte in the file.
+        file_stop: One past the last byte in the file.
     """
 
     payload: SavedPayload
@@ -71,16 +73,16 @@ class Piece(msgspec.Struct, frozen=True, gc=False):
     wanted: Wanted
     inner: Box
     direct_address: int
+    file_start: int
+    file_stop: int
 
-    @property
-    def file_start(self) -> int:
-        """First byte in the file."""
-        return self.payload.offset + self.start
 
-    @property
-    def file_stop(self) -> int:
-        """One past the last byte in the file."""
-        return self.payload.offset + self.stop
+def piece_of(
+    payload: SavedPayload, start: int, stop: int, wanted: Wanted, inner: Box, direct_address: int
+) -> Piece:
+    """Return the piece of a payload's bytes `[start, stop)`."""
+    offset = payload.offset
+    return Piece(payload, start, stop, wanted, inner, direct_address, offset + start, offset + stop)
 
 
 @dataclass(slots=True)
@@ -142,13 +144,14 @@ def plan_load(checkpoint: OpenCheckpoint, wanted: Sequence[Wanted]) -> LoadPlan:
         StorageError: A table cannot be read.
     """
     pieces: dict[str, tuple[OpenFile, list[Piece]]] = {}
-    known: dict[tuple[int, Box, Shape, int, int], list[_Share]] = {}
+    known: dict[tuple[int, Shape, Shape, Shape, int, int], list[_Share]] = {}
     needed = 0
     for want in wanted:
         tensor = want.tensor
         item = tensor.spec.itemsize_bytes
         needed += want.box.num_elements * item
-        case = (id(tensor.layout), want.box, tensor.spec.shape, item, tensor.owner)
+        box = want.box
+        case = (id(tensor.layout), box.offsets, box.shape, tensor.spec.shape, item, tensor.owner)
         shares = known.get(case)
         if shares is None:
             shares = known[case] = list(_shares(want, item))
@@ -157,7 +160,11 @@ def plan_load(checkpoint: OpenCheckpoint, wanted: Sequence[Wanted]) -> LoadPlan:
                 of_file = pieces.get(file.key)
                 if of_file is None:
                     of_file = pieces[file.key] = (file, [])
-                of_file[1].extend(_chunks(payload, share, want, item))
+                piece = _whole_piece(payload, share, want)
+                if piece is not None:
+                    of_file[1].append(piece)
+                else:
+                    of_file[1].extend(_chunks(payload, share, want, item))
     return load_plan_of(pieces, needed)
 
 
@@ -194,7 +201,12 @@ def _payloads(
 ) -> list[tuple[OpenFile, SavedPayload]]:
     """Return the payloads that hold the bytes of a share, proved to tile it."""
     shard, position = share.shard, share.start
-    found = [(f, p) for f in checkpoint.files_of(share.rank) for p in f.payloads_of(key, shard)]
+    lookup = (key, shard.offsets, shard.shape)
+    found = [
+        (file, payload)
+        for file in checkpoint.files_of(share.rank)
+        for payload in file.by_shard.get(lookup, ())
+    ]
     if len(found) > 1:
         found.sort(key=lambda fp: fp[1].start)
     for _, payload in found:
@@ -210,13 +222,29 @@ def _payloads(
     return found
 
 
+def _whole_piece(payload: SavedPayload, share: _Share, want: Wanted) -> Piece | None:
+    """Return the one piece of a payload that is wanted whole, as it is, and read at once."""
+    run, nbytes, start = share.run, payload.nbytes, payload.start
+    if (
+        run is None
+        or share.target_start is None
+        or run[0] > start
+        or run[1] < start + nbytes
+        or nbytes > READ_BYTES
+        or not want.target.is_contiguous
+    ):
+        return None
+    address = want.target.address + share.target_start - run[0] + start
+    return piece_of(payload, 0, nbytes, want, share.inner, address)
+
+
 def _chunks(payload: SavedPayload, share: _Share, want: Wanted, item: int) -> Iterator[Piece]:
     """Yield the chunk-rounded pieces of one payload that hold elements wanted of its shard."""
     run, inner = share.run, share.inner
     if run is None:
         for start, stop in _chunk_ranges(payload, share.shard, inner, item):
             for cut in range(start, stop, READ_BYTES):
-                yield Piece(payload, cut, min(stop, cut + READ_BYTES), want, inner, 0)
+                yield piece_of(payload, cut, min(stop, cut + READ_BYTES), want, inner, 0)
         return
     first = max(run[0] - payload.start, 0)
     last = min(run[1] - payload.start, payload.nbytes)
@@ -232,16 +260,13 @@ def _chunks(payload: SavedPayload, share: _Share, want: Wanted, item: int) -> It
     elif is_all_inside or inside_stop - inside_start >= _DIRECT_FROM_BYTES:
         # Where byte 0 of the payload would lie.
         base = want.target.address + share.target_start - run[0] + payload.start
-        if is_all_inside and stop - start <= READ_BYTES:
-            yield Piece(payload, start, stop, want, inner, base + start)
-            return
     else:
         inside_start = inside_stop = stop
     for low, high in ((start, inside_start), (inside_start, inside_stop), (inside_stop, stop)):
         is_inside = inside_start <= low < inside_stop
         for cut in range(low, high, READ_BYTES):
             address = base + cut if is_inside else 0
-            yield Piece(payload, cut, min(high, cut + READ_BYTES), want, inner, address)
+            yield piece_of(payload, cut, min(high, cut + READ_BYTES), want, inner, address)
 
 
 def _chunk_ranges(

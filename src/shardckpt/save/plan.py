@@ -23,7 +23,7 @@ from shardckpt.format.shard_file import (
 )
 from shardckpt.format.shares import replica_share
 from shardckpt.geometry.array_spec import ArraySpec
-from shardckpt.geometry.box import Box
+from shardckpt.geometry.box import Box, Shape
 from shardckpt.geometry.layout import BoxLayout, Layout, MeshLayout, replicated
 from shardckpt.geometry.regions import coverage_problem
 from shardckpt.save.balance import choose_owners
@@ -51,8 +51,7 @@ class GlobalPlan(msgspec.Struct, frozen=True, kw_only=True):
     per_rank: dict[str, str]
 
 
-@dataclass(frozen=True, slots=True)
-class Payload:
+class Payload(msgspec.Struct, frozen=True, gc=False):
     """A byte range of one local shard at its place in a file.
 
     Attributes:
@@ -171,7 +170,7 @@ def _joined(meshes: Sequence[MeshLayout]) -> MeshLayout | None:
     if len(meshes) == 1:
         return first
     ranks = tuple(rank for mesh in meshes for rank in mesh.ranks)
-    if len(set(ranks)) != len(ranks) or any(
+    if len(set(ranks)) != sum(len(set(mesh.ranks)) for mesh in meshes) or any(
         (mesh.mesh_shape, mesh.cuts) != (first.mesh_shape, first.cuts) for mesh in meshes
     ):
         return None
@@ -184,7 +183,7 @@ def rank_plan(
 ) -> RankPlan:
     """Return what `rank`, which holds `leaves`, writes."""
     index_of = {key: i for i, key in enumerate(plan.keys)}
-    mesh: dict[int, tuple[int, int] | None] = {}
+    mesh: dict[int, tuple[MeshLayout, tuple[int, int] | None]] = {}
     replicas: dict[int, dict[Box, tuple[int, ...]]] = {}
     pieces: list[tuple[int, int, int, int]] = []
     for leaf_index, leaf in enumerate(leaves):
@@ -193,13 +192,13 @@ def rank_plan(
         column = plan.layouts[layout_id]
         if isinstance(column, MeshColumn):
             if layout_id not in mesh:
-                mesh[layout_id] = _replica_of(_mesh_layout(column), rank)
-            place = mesh[layout_id]
-            if place is None:
-                continue
+                layout = _mesh_layout(column)
+                mesh[layout_id] = (layout, _replica_of(layout, rank))
+            layout, place = mesh[layout_id]
             for shard_index, shard in enumerate(leaf.shards):
+                replica, num = place or _replica_of_box(layout, shard.box, leaf.spec.shape, rank)
                 nbytes = shard.box.num_elements * leaf.spec.itemsize_bytes
-                start, stop = replica_share(nbytes, place[1], owner, place[0])
+                start, stop = replica_share(nbytes, num, owner, replica)
                 if start < stop:
                     pieces.append((leaf_index, shard_index, start, stop))
             continue
@@ -275,8 +274,16 @@ def _columns(
 
 
 def _replica_of(layout: MeshLayout, rank: int) -> tuple[int, int] | None:
+    """Return index and number of replicas of all that `rank` holds; None where boxes differ."""
     coordinate = layout.coordinate(rank)
-    return None if coordinate is None else (layout.replica_index(coordinate), layout.num_replicas)
+    if coordinate is None or not layout.has_distinct_ranks:
+        return None
+    return layout.replica_index(coordinate), layout.num_replicas
+
+
+def _replica_of_box(layout: MeshLayout, box: Box, shape: Shape, rank: int) -> tuple[int, int]:
+    holders = next(ranks for held, ranks in layout.shards_touching(box, shape) if held == box)
+    return holders.index(rank), len(holders)
 
 
 def _mesh_layout(column: MeshColumn | BoxColumn) -> MeshLayout:

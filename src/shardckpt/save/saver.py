@@ -176,7 +176,7 @@ class Saver:
         self._to_drop = to_drop
         self._planner = Planner(coord, f"{prefix}/plans", timeout_s)
         self._options = staging
-        self._overlaps = staging.overlap
+        self._overlaps = staging.overlap is not False
         self._engine = start_engine(staging)
         self._pacer = Pacer(staging.max_inflation, staging.write_bytes_per_s)
         self._written = (time.monotonic(), 0)

@@ -244,6 +244,8 @@ def table_of(
         boxes += box.offsets
         boxes += box.shape
     held = [leaves[i] for i in key_ids]
+    # Equal shapes share a list: a list for every array would wake the cycle collector.
+    lists = {leaf.spec.shape: list(leaf.spec.shape) for leaf in held}
     return Table(
         format=FORMAT_VERSION,
         features=[],
@@ -254,7 +256,7 @@ def table_of(
         file=file,
         keys=[leaf.key for leaf in held],
         dtypes=[leaf.spec.dtype for leaf in held],
-        shapes=[list(leaf.spec.shape) for leaf in held],
+        shapes=[lists[leaf.spec.shape] for leaf in held],
         key_ids=[key_ids[p.leaf] for p in payloads],
         boxes=boxes,
         starts=[p.start for p in payloads],

@@ -65,6 +65,7 @@ class ArrayBackend:
     """State maps names to numpy arrays, `Sharded`, `Fenced`, `PerRank` or plain values."""
 
     name = "numpy"
+    fills_in_place = True
 
     def describe(self, state: Mapping[str, Any]) -> StateTree:
         """Return what the mapping holds."""
@@ -114,14 +115,15 @@ class ArrayBackend:
     def placed(self, data: object, host: HostArray) -> None:
         """Do nothing: targets are filled in place."""
 
-    def finish(self, targets: Targets, saved: SavedState) -> None:
-        """Replace plain values in the mapping."""
+    def finish(self, targets: Targets, saved: SavedState) -> Mapping[str, Any]:
+        """Replace plain values in the mapping and return it."""
         state = targets.finish_data
         assert isinstance(state, MutableMapping)
         for key in targets.object_keys & saved.objects.keys():
             state[key] = decode(saved.objects[key])
         for key in targets.per_rank_keys & saved.per_rank.keys():
             state[key] = PerRank(decode(saved.per_rank[key]), state[key].rule)
+        return state
 
 
 def _leaf(key: str, value: np.ndarray[Any, Any] | Sharded, fence: int = 0) -> Leaf:

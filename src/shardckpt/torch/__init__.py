@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from types import TracebackType
 
     from shardckpt.coord.base import Coord
+    from shardckpt.load.maps import ModelMap
     from shardckpt.storage.base import Storage
 
 __all__ = ["Checkpointer", "Restored", "RngState", "SaveHandle", "load"]
@@ -84,16 +85,17 @@ class Checkpointer:
         """
         used = default_coord(timeout_s) if coord is None else coord
         options = staging or Staging()
+        overlaps = options.overlap is not False
         self._fences = OptimizerFences()
         self._core = CheckpointerCore(
-            _storage(url), TorchBackend(self._fences if options.overlap else None), used,
+            _storage(url), TorchBackend(self._fences if overlaps else None), used,
             save_every=save_every, retention=retention or Retention(), config=config,
             timeout_s=timeout_s, on_busy=on_busy, staging=options,
             environment=_environment(used.world_size),
             namespace=_namespace(coord),
             exchange=default_exchange(timeout_s) if coord is None else None,
         )  # fmt: skip
-        if options.overlap:
+        if overlaps:
             self._fences.watch(self._core)
 
     def should_save(self, step: int) -> bool:
@@ -137,6 +139,7 @@ class Checkpointer:
         cast: bool = False,
         transactional: bool = False,
         fallback: bool = False,
+        map: ModelMap | None = None,
     ) -> Restored | None:
         """Fill the state in place from the newest step, whatever world size saved it.
 
@@ -151,6 +154,9 @@ class Checkpointer:
             transactional: Change nothing unless every rank has read everything; costs the state's
                 memory again.
             fallback: Where the newest step is damaged, take the one before, with a warning.
+            map: How the JAX twin of the model is written: what JAX saved is read through it, and
+                what torch saved as if there were none. Hyperparameters, schedulers and random
+                streams stay as they are.
 
         Returns:
             What was restored, or None where nothing was ever committed.
@@ -160,7 +166,7 @@ class Checkpointer:
             StepNotFoundError: That step is not there.
             CorruptCheckpointError: Damaged data; names the newest other step.
         """
-        options = _options(strict, only, rename, cast, transactional)
+        options = _options(strict, only, rename, cast, transactional, map)
         return self._core.restore(state, step=step, options=options, fallback=fallback)
 
     def steps(self) -> list[int]:
@@ -234,6 +240,7 @@ def load(
     rename: Mapping[str, str] | None = None,
     cast: bool = False,
     transactional: bool = False,
+    map: ModelMap | None = None,
     timeout_s: float = DEFAULT_TIMEOUT_S,
     coord: Coord | None = None,
 ) -> Restored:
@@ -252,7 +259,7 @@ def load(
     try:
         return load_once(
             _storage(url), TorchBackend(), used, state,
-            step=step, options=_options(strict, only, rename, cast, transactional),
+            step=step, options=_options(strict, only, rename, cast, transactional, map),
             timeout_s=timeout_s, namespace=_namespace(coord),
             environment=_environment(used.world_size),
             together=Together(default_exchange(timeout_s) if coord is None else None),
@@ -268,6 +275,7 @@ def _options(
     rename: Mapping[str, str] | None,
     cast: bool,
     transactional: bool,
+    model_map: ModelMap | None,
 ) -> LoadOptions:
     if isinstance(only, str):
         raise TypeError(f"only={only!r}: pass a list of globs")
@@ -277,6 +285,7 @@ def _options(
         rename=dict(rename or {}),
         cast=cast,
         transactional=transactional,
+        model_map=model_map,
     )
 
 

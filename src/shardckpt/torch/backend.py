@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Collection, Iterable, Iterator, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, field
+from operator import attrgetter
 from typing import TYPE_CHECKING, Any, final
 
 import msgspec
@@ -57,6 +58,7 @@ class _Item:
 class _Finish:
     """What `finish` still has to hand over; only what was asked for."""
 
+    state: Mapping[str, Any]
     extra: list[tuple[ModuleView, str]] = field(default_factory=list)
     optimizers: list[tuple[OptimizerView, OptimizerPlan]] = field(default_factory=list)
     objects: list[tuple[_Item, ObjectPlan]] = field(default_factory=list)
@@ -73,6 +75,7 @@ class TorchBackend:
     """
 
     name = "torch"
+    fills_in_place = True
 
     def __init__(self, fences: OptimizerFences | None = None) -> None:
         """Start with nothing cached.
@@ -115,14 +118,14 @@ class TorchBackend:
                 leaves, values = seen.describe(self._leaves, fence)
                 found += leaves
                 objects.update(values)
-            elif (marked := as_per_rank(value)) is not None:
-                per_rank[item.name] = describe_per_rank(item.name, marked)
             elif isinstance(value, torch.Tensor):
                 found.append(self._leaves.leaf(item.name, value, "other"))
+            elif (marked := as_per_rank(value)) is not None:
+                per_rank[item.name] = describe_per_rank(item.name, marked)
             else:
                 leaves, objects[item.name] = describe_object(item.name, value, self._leaves)
                 found += leaves
-        found.sort(key=lambda leaf: leaf.key)
+        found.sort(key=attrgetter("key"))
         _check_distinct([*(leaf.key for leaf in found), *objects, *per_rank, *aliases])
         return StateTree(tuple(found), objects, per_rank, aliases)
 
@@ -169,7 +172,7 @@ class TorchBackend:
         found: list[Leaf] = []
         object_keys: set[str] = set()
         per_rank_keys: set[str] = set()
-        finish = _Finish()
+        finish = _Finish(state)
         for item in items:
             value = item.value
             if isinstance(value, nn.Module):
@@ -197,7 +200,7 @@ class TorchBackend:
                     found += planned.leaves
                     object_keys.add(item.name)
                     finish.objects.append((item, planned))
-        leaves = {leaf.key: leaf for leaf in sorted(found, key=lambda leaf: leaf.key)}
+        leaves = {leaf.key: leaf for leaf in sorted(found, key=attrgetter("key"))}
         return Targets(leaves, frozenset(object_keys), frozenset(per_rank_keys), finish)
 
     def host_target(self, data: object) -> HostArray:
@@ -210,10 +213,13 @@ class TorchBackend:
         assert isinstance(data, torch.Tensor)
         copies.place(data, host)
 
-    def finish(self, targets: Targets, saved: SavedState) -> None:
+    def finish(self, targets: Targets, saved: SavedState) -> Mapping[str, Any]:
         """Attach created optimizer state and hand objects and per-rank values to their owners.
 
         Random generators come last, since an owner may draw numbers while it takes its state.
+
+        Returns:
+            The user's state itself, which was filled in place.
 
         Raises:
             StateMismatchError: An owner refused its value.
@@ -234,6 +240,7 @@ class TorchBackend:
         for item in finish.per_rank:
             if item.name in saved.per_rank:
                 _replace(item, give_per_rank(item.name, item.value, saved.per_rank[item.name]))
+        return finish.state
 
     def _look(self, state: Mapping[str, Any]) -> tuple[list[_Item], dict[str, ModuleView]]:
         if not isinstance(state, Mapping):
@@ -256,7 +263,7 @@ def _items(state: Mapping[str, Any], prefix: str, depth: int) -> list[_Item]:
             raise UnsupportedStateError(
                 f"{prefix or 'the state'}: names are non-empty strings, got {key!r}"
             )
-        if _holds_state(value, depth):
+        if not isinstance(value, torch.Tensor) and _holds_state(value, depth):
             items += _items(value, f"{prefix}{key}/", depth + 1)
         else:
             items.append(_Item(prefix + key, value, state, key))
@@ -312,8 +319,10 @@ def _replace(item: _Item, value: object) -> None:
         item.container[item.key] = value
 
 
-def _check_distinct(keys: Iterable[str]) -> None:
+def _check_distinct(keys: Sequence[str]) -> None:
     seen: set[str] = set()
+    if len(set(keys)) == len(keys):
+        return
     for key in keys:
         if key in seen:
             raise UnsupportedStateError(

@@ -2,20 +2,19 @@
 
 Layer: torch. A c10d store has one connection per client: a call that waits blocks every other user
 of it, and no call heeds its timeout once the server is gone. So this one has a connection of its
-own, used by one helper thread that is left behind when it does not answer. TCPStore drops the
-connection on a value of more than 8 MiB, so large values travel in parts.
+own, used by one helper thread that is left behind when it does not answer (`coord.bounded`).
+TCPStore drops the connection on a value of more than 8 MiB, so large values travel in parts.
 """
 
 from __future__ import annotations
 
 import os
-import threading
 from datetime import timedelta
-from queue import SimpleQueue
-from typing import TYPE_CHECKING, Any, Final, Generic, TypeVar, final
+from typing import TYPE_CHECKING, Any, Final, TypeVar, final
 
 import torch
 
+from shardckpt.coord.bounded import BoundedCalls
 from shardckpt.coord.single import SingleCoord
 from shardckpt.errors import DeadlineError
 from shardckpt.torch import private
@@ -27,7 +26,6 @@ if TYPE_CHECKING:
 
 PREFIX: Final = "shardckpt"
 PART_BYTES: Final = 4 << 20
-_MAX_ABANDONED: Final = 4
 _WHOLE: Final = b"w"
 _PARTS: Final = b"p"
 T = TypeVar("T")
@@ -79,9 +77,7 @@ class C10dCoord:
         self._rank = rank
         self._world_size = world_size
         self._timeout_s = timeout_s
-        self._lock = threading.Lock()
-        self._helper: _Helper | None = None
-        self._num_abandoned = 0
+        self._calls = BoundedCalls(self._connect, rank, timeout_s)
 
     @property
     def rank(self) -> int:
@@ -134,10 +130,7 @@ class C10dCoord:
 
     def close(self) -> None:
         """Let the helper thread end. Never raises."""
-        with self._lock:
-            if self._helper is not None:
-                self._helper.stop()
-            self._helper = None
+        self._calls.close()
 
     def _set(self, key: str, raw: bytes) -> None:
         self._call(f"set {key}", lambda store: store.set(key, raw))
@@ -152,85 +145,11 @@ class C10dCoord:
         )
 
     def _call(self, what: str, call: Callable[[Any], T]) -> T:
-        with self._lock:
-            if self._num_abandoned >= _MAX_ABANDONED:
-                raise DeadlineError(
-                    self._silent(what) + f"; gave up after {_MAX_ABANDONED} attempts"
-                )
-            if self._helper is None:
-                self._helper = _Helper(self._store, self._timeout_s)
-            helper = self._helper
-        task: _Task[T] = _Task(call)
-        helper.put(task)
-        if not task.done.wait(self._timeout_s):
-            self._abandon(helper)
-            raise DeadlineError(self._silent(what))
-        if task.error is not None:
-            self._abandon(helper, counts=False)
-            raise DeadlineError(
-                f"rank {self._rank}: the job's key-value store failed at {what!r}: "
-                f"{task.error}. Its server is a "
-                "process of this job (rank 0 or the launcher): look whether it ended."
-            ) from task.error
-        with self._lock:
-            self._num_abandoned = 0
-        return task.result  # type: ignore[return-value]
+        return self._calls.call(what, call)
 
-    def _abandon(self, helper: _Helper, *, counts: bool = True) -> None:
-        """Leave a helper that does not answer behind; the next call makes a new connection."""
-        with self._lock:
-            helper.stop()
-            if self._helper is helper:
-                self._helper = None
-                self._num_abandoned += counts
-
-    def _silent(self, what: str) -> str:
-        return (
-            f"rank {self._rank}: the job's key-value store did not answer {what!r} within "
-            f"{self._timeout_s:g} s; its "
-            "server is a process of this job (rank 0 or the launcher): look whether it is alive"
-        )
-
-
-class _Task(Generic[T]):
-    """One call on its way to the helper thread and back."""
-
-    def __init__(self, call: Callable[[Any], T]) -> None:
-        self.call = call
-        self.done = threading.Event()
-        self.result: T | None = None
-        self.error: Exception | None = None
-
-
-@final
-class _Helper:
-    """A thread with its own connection; a daemon, so that a hanging call keeps nobody here."""
-
-    def __init__(self, store: Any, timeout_s: float) -> None:
-        self._tasks: SimpleQueue[_Task[Any] | None] = SimpleQueue()
-        thread = threading.Thread(
-            target=self._serve, args=(store, timeout_s), name="shardckpt-store", daemon=True
-        )
-        thread.start()
-
-    def put(self, task: _Task[Any]) -> None:
-        self._tasks.put(task)
-
-    def stop(self) -> None:
-        self._tasks.put(None)
-
-    def _serve(self, store: Any, timeout_s: float) -> None:
-        own: Any = None
-        while (task := self._tasks.get()) is not None:
-            try:
-                if own is None:
-                    own = torch.distributed.distributed_c10d.PrefixStore(
-                        PREFIX, _own_connection(store, timeout_s)
-                    )
-                task.result = task.call(own)
-            except Exception as error:  # Handed to the caller.
-                task.error = error
-            task.done.set()
+    def _connect(self) -> Any:
+        prefixed = torch.distributed.distributed_c10d.PrefixStore
+        return prefixed(PREFIX, _own_connection(self._store, self._timeout_s))
 
 
 def _own_connection(store: Any, timeout_s: float) -> Any:

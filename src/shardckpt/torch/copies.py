@@ -9,11 +9,13 @@ from __future__ import annotations
 from typing import Final
 
 import torch
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from shardckpt.errors import UnsupportedStateError
 from shardckpt.state import HOST, HostArray
 
 _BYTES: Final = (1,)
+_PLAIN: Final = frozenset({torch.Tensor, torch.nn.Parameter})
 
 
 def host_array(tensor: torch.Tensor, *, may_stay_on_device: bool = False) -> HostArray:
@@ -52,14 +54,14 @@ def _has_rows(tensor: torch.Tensor) -> bool:
 def host_target(tensor: torch.Tensor) -> HostArray:
     """Return writable host memory for a target: its own on the CPU, else a buffer for `place`."""
     alias = tensor.detach()
-    if alias.device.type == "cpu":
+    if alias.is_cpu:
         return _lent(alias)
     return _lent(torch.empty(alias.shape, dtype=alias.dtype, device="cpu"))
 
 
 def place(tensor: torch.Tensor, host: HostArray) -> None:
     """Copy a filled buffer into a device tensor; nothing to do for CPU tensors."""
-    if tensor.device.type == "cpu":
+    if tensor.is_cpu:
         return
     filled = host.owner
     assert isinstance(filled, torch.Tensor)
@@ -88,7 +90,7 @@ def check_storable(tensor: torch.Tensor, what: str) -> None:
         raise UnsupportedStateError(
             f"{what}: a quantized tensor cannot be stored; store its int_repr() and scale"
         )
-    if torch.utils._python_dispatch.is_traceable_wrapper_subclass(tensor):
+    if type(tensor) not in _PLAIN and is_traceable_wrapper_subclass(tensor):
         raise UnsupportedStateError(
             f"{what}: a {type(tensor).__module__}.{type(tensor).__qualname__} is made of "
             "several tensors and cannot "

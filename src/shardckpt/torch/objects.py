@@ -206,7 +206,8 @@ def plan_tensor(name: str, tensor: torch.Tensor, leaves: Leaves) -> Leaf:
     Raises:
         UnsupportedStateError: It cannot be filled.
     """
-    check_fillable(private.plain(tensor), name)
+    local = private.local_tensor(tensor) if leaves.is_dtensor(tensor) else tensor
+    check_fillable(local, name)
     return leaves.leaf(name, tensor, "other")
 
 

@@ -27,6 +27,8 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
 _MAX_CACHED: Final = 1 << 17
+# Device mesh, placements and shape of a DTensor.
+_Placed: TypeAlias = tuple[Any, Any, torch.Size]
 _Placement: TypeAlias = tuple[int, object, torch.Size, torch.dtype]
 
 
@@ -42,7 +44,7 @@ class _Known(msgspec.Struct, frozen=True, gc=False):
     key: str
     tensor: ref[torch.Tensor]
     local: ref[torch.Tensor]
-    placed: tuple[object, object, object]
+    placed: _Placed
     shape: torch.Size
     dtype: torch.dtype
     spec: ArraySpec
@@ -152,27 +154,11 @@ class Leaves:
             or local.is_meta
             or (is_dtensor and known.placed != _placed(tensor))
         ):
-            placed = _placed(tensor) if is_dtensor else (None, None, None)
-            if is_dtensor:
-                found = self.sharded(key, tensor, local, role)
-            else:
-                check_storable(tensor, key)
-                spec, box = self._spec(key, tuple(tensor.shape), tensor.dtype)
-                found = Leaf(key, spec, role, None, (Shard(box, tensor),) if tensor.numel() else ())
-            assert found.layout != "boxes"
-            known = self._known[key] = _Known(
-                key, ref(tensor), ref(local), placed, local.shape, local.dtype, found.spec,
-                found.layout, found.shards[0].box if found.shards else None,
-            )  # fmt: skip
+            known = self._known[key] = self._looked_at(key, tensor, local, is_dtensor=is_dtensor)
+        if fence and not (local.is_cpu or local.is_cuda):
+            fence = 0
         shards = () if known.box is None else (Shard(known.box, local),)
-        return Leaf(
-            known.key,
-            known.spec,
-            role,
-            known.layout,
-            shards,
-            fence if local.is_cpu or local.is_cuda else 0,
-        )
+        return Leaf(known.key, known.spec, role, known.layout, shards, fence)
 
     def sharded(self, key: str, like: Any, local: torch.Tensor, role: str, fence: int = 0) -> Leaf:
         """Return the leaf of a local tensor that lies on the mesh as the DTensor `like` does.
@@ -181,29 +167,10 @@ class Leaves:
             UnsupportedStateError: The placements cannot be stored, or the local tensor has another
                 shape than they say.
         """
-        check_storable(local, key)
-        mesh = self._mesh(like.device_mesh)
-        # Meshes live as long as this cache, so their ids stay theirs.
-        placement = (id(mesh), like.placements, like.shape, local.dtype)
-        placed = self._by_placement.get(placement)
-        if placed is None:
-            shape = tuple(like.shape)
-            layout = self._layout(key, mesh, like.placements, like.ndim)
-            spec, _ = self._spec(key, shape, local.dtype)
-            placed = self._by_placement[placement] = (spec, layout, self.local_box(layout, shape))
-        spec, layout, box = placed
-        if box is None or (not box.num_elements and not local.numel()):
-            return Leaf(key, spec, role, layout, ())
-        if local.shape != box.shape:
-            raise UnsupportedStateError(
-                f"{key}: rank {self._rank} holds a local tensor of shape {list(local.shape)}, "
-                "but placements "
-                f"{like.placements} of {list(like.shape)} on a mesh of {layout.mesh_shape} mean "
-                f"{list(box.shape)}. "
-                "Make the DTensor with distribute_tensor or fully_shard."
-            )
-        shards = (Shard(box, local),)
-        return Leaf(key, spec, role, layout, shards, fence if local.is_cpu or local.is_cuda else 0)
+        spec, layout, box = self._lies(key, _placed(like), local)
+        if fence and not (local.is_cpu or local.is_cuda):
+            fence = 0
+        return Leaf(key, spec, role, layout, () if box is None else (Shard(box, local),), fence)
 
     def flat(
         self, key: str, part: FlatPart, local: torch.Tensor, role: str, fence: int = 0
@@ -223,6 +190,50 @@ class Leaves:
             offset = stop
         return Leaf(
             key, spec, role, "boxes", tuple(shards), fence if local.is_cpu or local.is_cuda else 0
+        )
+
+    def _looked_at(
+        self, key: str, tensor: torch.Tensor, local: torch.Tensor, *, is_dtensor: bool
+    ) -> _Known:
+        """Return what is found of a tensor that is not known, or has changed."""
+        placed: _Placed = (None, None, tensor.shape)
+        layout: MeshLayout | None = None
+        box: Box | None
+        if is_dtensor:
+            placed = _placed(tensor)
+            spec, layout, box = self._lies(key, placed, local)
+        else:
+            check_storable(tensor, key)
+            spec, box = self._spec(key, tuple(tensor.shape), tensor.dtype)
+            box = box if tensor.numel() else None
+        return _Known(
+            key, ref(tensor), ref(local), placed, local.shape, local.dtype, spec, layout, box
+        )
+
+    def _lies(
+        self, key: str, placed: _Placed, local: torch.Tensor
+    ) -> tuple[ArraySpec, MeshLayout, Box | None]:
+        """Return spec, layout, and the box of a local tensor; no box where it has no elements."""
+        check_storable(local, key)
+        device_mesh, placements, size = placed
+        mesh = self._mesh(device_mesh)
+        # Meshes live as long as this cache, so their ids stay theirs.
+        case = (id(mesh), placements, size, local.dtype)
+        found = self._by_placement.get(case)
+        if found is None:
+            shape = tuple(size)
+            layout = self._layout(key, mesh, placements, len(shape))
+            spec, _ = self._spec(key, shape, local.dtype)
+            found = self._by_placement[case] = (spec, layout, self.local_box(layout, shape))
+        spec, layout, box = found
+        if box is None or local.shape == box.shape:
+            return found if box is None or local.numel() else (spec, layout, None)
+        if not box.num_elements and not local.numel():
+            return spec, layout, None
+        raise UnsupportedStateError(
+            f"{key}: rank {self._rank} holds a local tensor of shape {list(local.shape)}, but "
+            f"placements {placements} of {list(size)} on a mesh of {layout.mesh_shape} mean "
+            f"{list(box.shape)}. Make the DTensor with distribute_tensor or fully_shard."
         )
 
     def layout_from(self, key: str, device_mesh: Any, placements: Any, num_dims: int) -> MeshLayout:
@@ -278,7 +289,7 @@ class Leaves:
         return known
 
 
-def _placed(dtensor: Any) -> tuple[object, object, object]:
+def _placed(dtensor: Any) -> _Placed:
     return dtensor.device_mesh, dtensor.placements, dtensor.shape
 
 
