@@ -56,6 +56,10 @@ SETTINGS: Final[dict[str, dict[str, Any]]] = {
     "orbax, no OCDBT, no compression": {"use_ocdbt": False, "use_compression": False},
     "orbax, pinned host": {"use_compression": False, "enable_pinned_host_transfer": True},
 }
+# Pinned memory and the format of the metadata change nothing in a restore.
+RESTORED: Final = (
+    OURS, "orbax, default", "orbax, no compression", "orbax, no OCDBT, no compression",
+)  # fmt: skip
 TURNS_OF_OURS: Final = 2
 TIMEOUT_S: Final = 1500.0
 SMALL_ARRAYS: Final = 20_000
@@ -332,10 +336,10 @@ class Bench:
         shapes = {key: leaf.shape for key, leaf in self.trainee.abstract["params"].items()}
         meshes = {"same mesh": (NUM_DEVICES,), "other mesh": (2, NUM_DEVICES // 2)}
         seconds: dict[str, list[float]] = defaultdict(list)
-        for name in self.systems:
+        names = [name for name in self.systems if name in RESTORED]
+        for name in names:
             self._save(name)
         for round_ in range(rounds + 1):
-            names = list(self.systems)
             for mesh_name, shape in meshes.items():
                 target = abstract(shapes, mesh_of(shape))
                 for name in names if round_ % 2 else names[::-1]:
