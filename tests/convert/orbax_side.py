@@ -179,6 +179,40 @@ def restore_keys(item: Path) -> None:
         assert (jax.random.key_data(found[name]) == jax.random.key_data(wanted)).all(), name
 
 
+def resume(store: Path, target: Any, wanted: Any) -> None:
+    """Restore a store by shardckpt.jax and compare."""
+    import jax
+
+    from shardckpt.jax import Checkpointer
+
+    def words(value: Any) -> Any:
+        is_key = isinstance(value, jax.Array) and jax.dtypes.issubdtype(
+            value.dtype, jax.dtypes.prng_key
+        )
+        return jax.random.key_data(value) if is_key else value
+
+    with Checkpointer(store) as checkpointer:
+        found = checkpointer.restore(target)
+    assert found is not None
+    same(jax.tree.map(words, found.state), jax.tree.map(words, wanted))
+
+
+def resume_standard(store: Path) -> None:
+    """Restore what was `tree()` in Orbax."""
+    resume(store, tree(seed=5), tree())
+
+
+def resume_keys(store: Path) -> None:
+    """Restore what were typed random keys in Orbax."""
+    import jax
+
+    def keys(seed: int) -> dict[str, Any]:
+        many = jax.random.split(jax.random.key(seed + 1, impl="rbg"), 4)
+        return {"plain": jax.random.key(seed), "many": many}
+
+    resume(store, keys(7), keys(0))
+
+
 def restore_odd(item: Path) -> None:
     """Restore what Orbax itself refuses to save, and what only other frameworks save."""
     import orbax.checkpoint as ocp
@@ -195,5 +229,6 @@ if __name__ == "__main__":
     commands = {
         "write": write, "restore": restore, "restore_manager": restore_manager,
         "restore_keys": restore_keys, "restore_odd": restore_odd,
+        "resume_standard": resume_standard, "resume_keys": resume_keys,
     }  # fmt: skip
     commands[sys.argv[1]](Path(sys.argv[2]))

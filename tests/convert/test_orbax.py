@@ -119,6 +119,14 @@ def test_typed_random_keys_keep_their_kind_on_the_way_back(
     run_side("restore_keys", str(tmp_path / "back" / "0" / "default"))
 
 
+@pytest.mark.parametrize("name", ["standard", "keys"])
+def test_jax_restores_what_was_converted_into_the_same_tree(
+    orbax_root: Path, tmp_path: Path, name: str
+) -> None:
+    convert(orbax_root / name, tmp_path / "store")
+    run_side(f"resume_{name}", str(tmp_path / "store"))
+
+
 def sharded_store(place: Path) -> None:
     job = ThreadJob([LocalStorage(place)] * 4)
     assert job.save(3) == [True] * 4

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Final
 from shardckpt.convert.boxes import boxes_along_chunks
 from shardckpt.convert.orbax_read import DEFAULT_ITEM, OrbaxStep, TreeItem, open_item
 from shardckpt.convert.orbax_tree import ARRAY_KINDS, EMPTY_KINDS, STRING
-from shardckpt.convert.paths import key_of, roles_of
+from shardckpt.convert.paths import KEY_DATA, KEY_IMPL, key_of, roles_of
 from shardckpt.errors import UnsupportedStateError
 from shardckpt.format.tagged import encode
 from shardckpt.geometry.array_spec import ArraySpec
@@ -80,7 +80,7 @@ def incoming(found: OrbaxStep, *, only_item: bool, keys: str, budget_bytes: int)
     opened = {name: open_item(name, place) for name, place in found.items.items()}
     leaves: list[Leaf] = []
     objects: dict[str, object] = {}
-    notes: dict[str, Any] = {"items": [], "empty": {}, "dicts": [], "random_keys": {}}
+    notes: dict[str, Any] = {"items": [], "empty": {}, "dicts": []}
     for name, item in opened.items():
         bare = only_item or name in ("", DEFAULT_ITEM)
         prefix: Path = () if bare else (name,)
@@ -147,9 +147,10 @@ def _add_item(
         elif node.kind == _SCALAR:
             objects[key] = encode(_scalar(item, node.name), key)
         else:
-            leaves.append(_leaf(item, node.name, key, roles[node.path], budget_bytes))
             if node.name in item.key_impls:
-                notes["random_keys"][key] = item.key_impls[node.name]
+                objects[f"{key}/{KEY_IMPL}"] = item.key_impls[node.name]
+                key = f"{key}/{KEY_DATA}"
+            leaves.append(_leaf(item, node.name, key, roles[node.path], budget_bytes))
 
 
 def _leaf(item: TreeItem, name: str, key: str, role: str, budget_bytes: int) -> Leaf:

@@ -13,7 +13,7 @@ import numpy as np
 
 from shardckpt.convert.orbax_read import DEFAULT_ITEM
 from shardckpt.convert.orbax_tree import Node
-from shardckpt.convert.paths import Path, path_of
+from shardckpt.convert.paths import KEY_DATA, KEY_IMPL, Path, path_of
 from shardckpt.convert.to_orbax import Outgoing, OutgoingItem
 from shardckpt.convert.zarr import can_store
 from shardckpt.errors import FormatError, StepNotFoundError, UnsupportedStateError
@@ -74,6 +74,7 @@ def outgoing(
                 return items.setdefault(name, OutgoingItem()), path
         return None
 
+    impls = _key_impls(manifest)
     stored = {**{key: key for key in tensors}, **manifest.aliases}
     for key, source in sorted(stored.items()):
         found = place(key)
@@ -84,15 +85,19 @@ def outgoing(
             problems.append(f"{key}: zarr has no dtype {tensor.spec.dtype}")
             continue
         target, path = found
-        impl = notes.get("random_keys", {}).get(key)
+        impl = impls.get(key)
+        path = path if impl is None else path[:-1]
         node = Node(path, _ARRAY) if impl is None else Node(path, "jax.Array", tensor.spec.shape)
         target.nodes.append(node)
         target.saved[node.name] = tensor
         if impl is not None:
-            target.key_impls[node.name] = str(impl)
+            target.key_impls[node.name] = impl
     json_names = {i["prefix"]: i["name"] for i in notes.get("items", []) if i.get("json")}
     for key, raw in sorted(manifest.objects.items()):
-        if not fnmatch.fnmatchcase(key, keys):
+        is_impl = f"{key.removesuffix(KEY_IMPL)}{KEY_DATA}" in impls and key.endswith(
+            f"/{KEY_IMPL}"
+        )
+        if is_impl or not fnmatch.fnmatchcase(key, keys):
             continue
         try:
             value = decode(msgspec.json.decode(raw), what=key)
@@ -120,6 +125,18 @@ def outgoing(
         if found is not None:
             found[0].dicts.add(found[1])
     return Outgoing(items, json_items, metrics)
+
+
+def _key_impls(manifest: Manifest) -> dict[str, str]:
+    """Return the implementation of typed random keys, by the key of their words."""
+    impls: dict[str, str] = {}
+    for key in manifest.keys:
+        if key.endswith(f"/{KEY_DATA}"):
+            raw = manifest.objects.get(f"{key.removesuffix(KEY_DATA)}{KEY_IMPL}")
+            impl = None if raw is None else msgspec.json.decode(raw)
+            if isinstance(impl, str):
+                impls[key] = impl
+    return impls
 
 
 def _items(notes: Mapping[str, Any], item: str | None) -> dict[str, str]:

@@ -16,6 +16,10 @@ if TYPE_CHECKING:
 
 Path = tuple[str, ...]
 
+# A typed random key is two leaves below its own key, as `shardckpt.jax` keeps it.
+KEY_DATA: Final = "key_data"
+KEY_IMPL: Final = "impl"
+
 _ADAM: Final = {"mu": "adam_m", "nu": "adam_v"}
 _ODD: Final = re.compile(r"[%/\x00-\x1f\x7f\ud800-\udfff]")
 
