@@ -10,10 +10,12 @@ rank opens exactly that; the lease ends when all have read. Saving: see `save.sa
 
 from __future__ import annotations
 
+import itertools
 import logging
 import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
+from weakref import WeakKeyDictionary
 
 import msgspec
 
@@ -60,6 +62,8 @@ DEFAULT_TIMEOUT_S: Final = 600.0
 _EXIT_AFTER_ERROR_S: Final = 30.0
 _GRACE: Final = 1.1
 _logger = logging.getLogger("shardckpt")
+_opened = itertools.count()
+_opened_on: WeakKeyDictionary[Coord, itertools.count[int]] = WeakKeyDictionary()
 
 
 @dataclass(frozen=True, slots=True)
@@ -393,6 +397,15 @@ class CheckpointerCore:
             else " There is no other step."
         )
         return CorruptCheckpointError(str(error) + hint)
+
+
+def next_namespace(coord: Coord | None) -> str:
+    """Return the next prefix of keys of a job: counted on its own coord, or on the framework's.
+
+    Alike on all ranks, because they open and load in the same order.
+    """
+    counter = _opened if coord is None else _opened_on.setdefault(coord, itertools.count())
+    return f"shardckpt/{next(counter)}"
 
 
 def restored_from(

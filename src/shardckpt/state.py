@@ -13,13 +13,14 @@ from typing import TYPE_CHECKING, Final, Literal
 
 import msgspec
 
+from shardckpt.errors import UnsupportedStateError
 from shardckpt.geometry.array_spec import ArraySpec
 from shardckpt.geometry.box import Box, Shape
 from shardckpt.geometry.layout import MeshLayout
 from shardckpt.options import PER_RANK_RULES, PerRankRule
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
 
 
 HOST: Final = -1
@@ -116,6 +117,18 @@ class PerRank:
             )
 
 
+def as_per_rank(value: object) -> PerRank | None:
+    """Return the PerRank that a value is, or that a loader of torchdata stands for; else None."""
+    if isinstance(value, PerRank):
+        return value
+    if any(
+        c.__name__ == "StatefulDataLoader" and c.__module__.startswith("torchdata")
+        for c in type(value).__mro__
+    ):
+        return PerRank(value, "error")
+    return None
+
+
 @dataclass(frozen=True, slots=True)
 class PerRankValue:
     """A value of this rank alone (tagged JSON) and the rule for another world size."""
@@ -139,3 +152,21 @@ class StateTree:
     objects: Mapping[str, object]
     per_rank: Mapping[str, PerRankValue]
     aliases: Mapping[str, str]
+
+
+def check_distinct(keys: Sequence[str]) -> None:
+    """Refuse two parts of a state that have one key.
+
+    Raises:
+        UnsupportedStateError: Names the key.
+    """
+    if len(set(keys)) == len(keys):
+        return
+    seen: set[str] = set()
+    for key in keys:
+        if key in seen:
+            raise UnsupportedStateError(
+                f"{key}: two parts of the state have this key (dict keys such as 1 and '1'?); "
+                "rename one of them"
+            )
+        seen.add(key)

@@ -6,8 +6,9 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from shardckpt.checkpointer import next_namespace
 from shardckpt.coord.single import SingleCoord
-from shardckpt.torch import Checkpointer, _namespace
+from shardckpt.torch import Checkpointer
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -16,7 +17,7 @@ if TYPE_CHECKING:
 def test_namespaces_are_counted_on_each_coord() -> None:
     """Ranks that were in different jobs before agree on the next one's keys."""
     one, other = SingleCoord(), SingleCoord()
-    assert [_namespace(one), _namespace(one), _namespace(other)] == [
+    assert [next_namespace(one), next_namespace(one), next_namespace(other)] == [
         "shardckpt/0",
         "shardckpt/1",
         "shardckpt/0",

@@ -70,7 +70,7 @@ class BoundedCalls:
             ) from task.error
         with self._lock:
             self._num_abandoned = 0
-        return task.result  # type: ignore[return-value]
+        return task.result
 
     def close(self) -> None:
         """Let the helper thread end. Never raises."""
@@ -101,7 +101,7 @@ class _Task(Generic[T]):
     def __init__(self, call: Callable[[Any], T]) -> None:
         self.call = call
         self.done = threading.Event()
-        self.result: T | None = None
+        self.result: T
         self.error: Exception | None = None
 
 

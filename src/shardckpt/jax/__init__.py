@@ -5,12 +5,9 @@ Layer: framework front; adds types and defaults to `shardckpt.checkpointer`, not
 
 from __future__ import annotations
 
-import itertools
-import os
 from dataclasses import replace
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
-from weakref import WeakKeyDictionary
 
 import jax
 import numpy as np
@@ -20,16 +17,18 @@ from shardckpt.checkpointer import (
     CheckpointerCore,
     Restored,
     load_once,
+    next_namespace,
 )
 from shardckpt.jax.backend import JaxBackend
 from shardckpt.jax.coord import default_coord
-from shardckpt.load.loader import LoadOptions
+from shardckpt.load.loader import load_options
 from shardckpt.options import Every, Retention, Staging
 from shardckpt.provenance import environment_facts
 from shardckpt.save.saver import OnBusy, SaveHandle
 from shardckpt.storage.open import open_storage
 
 if TYPE_CHECKING:
+    import os
     from collections.abc import Mapping
     from types import TracebackType
 
@@ -38,9 +37,6 @@ if TYPE_CHECKING:
     from shardckpt.storage.base import Storage
 
 __all__ = ["Checkpointer", "Restored", "SaveHandle", "load"]
-
-_opened = itertools.count()
-_opened_on: WeakKeyDictionary[Coord, itertools.count[int]] = WeakKeyDictionary()
 
 
 class Checkpointer:
@@ -90,11 +86,11 @@ class Checkpointer:
         options = staging or Staging()
         overlap = options.overlap is True
         self._core = CheckpointerCore(
-            _storage(url), JaxBackend(overlap=overlap), used,
+            open_storage(url), JaxBackend(overlap=overlap), used,
             save_every=save_every, retention=retention or Retention(), config=config,
             timeout_s=timeout_s, on_busy=on_busy, staging=replace(options, overlap=overlap),
             environment=_environment(used.world_size),
-            namespace=_namespace(coord),
+            namespace=next_namespace(coord),
         )  # fmt: skip
 
     def should_save(self, step: int) -> bool:
@@ -167,7 +163,7 @@ class Checkpointer:
             StepNotFoundError: That step is not there.
             CorruptCheckpointError: Damaged data; names the newest other step.
         """
-        options = _options(strict, only, rename, cast, map)
+        options = load_options(strict=strict, only=only, rename=rename, cast=cast, model_map=map)
         return self._core.restore(state, step=step, options=options, fallback=fallback)
 
     def steps(self) -> list[int]:
@@ -250,42 +246,15 @@ def load(
     used = default_coord(timeout_s) if coord is None else coord
     try:
         return load_once(
-            _storage(url), JaxBackend(), used, state,
-            step=step, options=_options(strict, only, rename, cast, map),
-            timeout_s=timeout_s, namespace=_namespace(coord),
+            open_storage(url), JaxBackend(), used, state,
+            step=step, options=load_options(
+ strict=strict, only=only, rename=rename, cast=cast, model_map=map),
+            timeout_s=timeout_s, namespace=next_namespace(coord),
             environment=_environment(used.world_size),
         )  # fmt: skip
     finally:
         if coord is None:
             used.close()
-
-
-def _options(
-    strict: bool,
-    only: tuple[str, ...] | list[str],
-    rename: Mapping[str, str] | None,
-    cast: bool,
-    model_map: ModelMap | None,
-) -> LoadOptions:
-    if isinstance(only, str):
-        raise TypeError(f"only={only!r}: pass a list of globs")
-    return LoadOptions(
-        strict=strict,
-        only=tuple(only),
-        rename=dict(rename or {}),
-        cast=cast,
-        model_map=model_map,
-    )
-
-
-def _namespace(coord: Coord | None) -> str:
-    """Return the next namespace of a job: counted on its own coord, or on JAX's store."""
-    counter = _opened if coord is None else _opened_on.setdefault(coord, itertools.count())
-    return f"shardckpt/{next(counter)}"
-
-
-def _storage(url: str | os.PathLike[str] | Storage) -> Storage:
-    return open_storage(url) if isinstance(url, (str, os.PathLike)) else url
 
 
 def _environment(world_size: int) -> dict[str, str]:

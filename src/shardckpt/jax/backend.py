@@ -23,14 +23,21 @@ from shardckpt.jax.copies import Buffer, Held, Target
 from shardckpt.jax.leaves import OTHER, Tree, Trees, is_key_array
 from shardckpt.jax.shards import Shards, box_of, numpy_leaf, spec_of
 from shardckpt.jax.values import (
-    as_per_rank,
     describe_object,
     describe_per_rank,
     give,
     give_per_rank,
 )
 from shardckpt.load.check import is_wanted
-from shardckpt.state import HostArray, Leaf, PerRankValue, Shard, StateTree
+from shardckpt.state import (
+    HostArray,
+    Leaf,
+    PerRankValue,
+    Shard,
+    StateTree,
+    as_per_rank,
+    check_distinct,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
@@ -112,7 +119,7 @@ class JaxBackend:
             else:
                 objects[key] = describe_object(key, value)
         leaves.sort(key=lambda leaf: leaf.key)
-        _check_distinct([*(leaf.key for leaf in leaves), *objects, *per_rank])
+        check_distinct([*(leaf.key for leaf in leaves), *objects, *per_rank])
         return StateTree(tuple(leaves), objects, per_rank, {})
 
     def host_array(self, data: object) -> HostArray:
@@ -338,13 +345,3 @@ def _impl_problem(key: str, impl: str, saved: SavedState, only: tuple[str, ...])
         f"{key!r}: saved as random keys of {found!r}, target is {impl!r}; make the target with "
         f"jax.random.key(seed, impl={found!r})"
     ]
-
-
-def _check_distinct(keys: Iterable[str]) -> None:
-    seen: set[str] = set()
-    for key in keys:
-        if key in seen:
-            raise UnsupportedStateError(
-                f"{key}: two parts of the state have this key; rename one of them"
-            )
-        seen.add(key)

@@ -17,6 +17,7 @@ from jax import tree_util
 
 from shardckpt.errors import UnsupportedStateError
 from shardckpt.jax import private
+from shardckpt.state import check_distinct
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -89,7 +90,7 @@ class Trees:
         if known is None or known.structure != structure:
             named = list(_walk(value, escaped(name), OUTSIDE))
             keys = tuple(key for key, _ in named)
-            _check_distinct(keys)
+            check_distinct(keys)
             assert len(keys) == len(leaves)
             known = _Known(structure, keys, tuple(role for _, role in named))
             self._known[name] = known
@@ -143,17 +144,6 @@ def _part(step: Any) -> str:
         case tree_util.GetAttrKey(name=name):
             return escaped(name)
     return escaped(str(step))
-
-
-def _check_distinct(keys: tuple[str, ...]) -> None:
-    seen: set[str] = set()
-    for key in keys:
-        if key in seen:
-            raise UnsupportedStateError(
-                f"{key}: two parts of the state have this key (dict keys such as 1 and '1'?); "
-                "rename one of them"
-            )
-        seen.add(key)
 
 
 def is_key_array(value: Any) -> bool:

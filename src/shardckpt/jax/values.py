@@ -24,7 +24,7 @@ from shardckpt.geometry.dtypes import ITEMSIZE_BYTES, itemsize_bytes
 from shardckpt.jax import private
 from shardckpt.jax.copies import check_storable
 from shardckpt.jax.leaves import is_key_array
-from shardckpt.state import PerRank, PerRankValue
+from shardckpt.state import PerRank, PerRankValue, as_per_rank
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -53,18 +53,6 @@ class GetState(Protocol):
 
     def set_state(self, state: Any) -> Any:
         """Take a state."""
-
-
-def as_per_rank(value: object) -> PerRank | None:
-    """Return the PerRank that a value is or stands for, or None."""
-    if isinstance(value, PerRank):
-        return value
-    if any(
-        c.__name__ == "StatefulDataLoader" and c.__module__.startswith("torchdata")
-        for c in type(value).__mro__
-    ):
-        return PerRank(value, "error")
-    return None
 
 
 def describe_object(key: str, value: object) -> object:

@@ -78,6 +78,32 @@ class LoadOptions:
     model_map: ModelMap | None = None
 
 
+def load_options(
+    *,
+    strict: bool,
+    only: Sequence[str],
+    rename: Mapping[str, str] | None,
+    cast: bool,
+    transactional: bool = False,
+    model_map: ModelMap | None = None,
+) -> LoadOptions:
+    """Return the options as a user gives them.
+
+    Raises:
+        TypeError: `only` is one string, which would be taken for a list of letters.
+    """
+    if isinstance(only, str):
+        raise TypeError(f"only={only!r}: pass a list of globs")
+    return LoadOptions(
+        strict=strict,
+        only=tuple(only),
+        rename=dict(rename or {}),
+        cast=cast,
+        transactional=transactional,
+        model_map=model_map,
+    )
+
+
 class Ok(msgspec.Struct, frozen=True):
     """A rank, or all of them, came through a phase."""
 

@@ -18,15 +18,17 @@ if TYPE_CHECKING:
 _SCHEME: Final = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://")
 
 
-def open_storage(url: str | os.PathLike[str]) -> Storage:
+def open_storage(url: str | os.PathLike[str] | Storage) -> Storage:
     """Return the store at `url`; nothing is touched yet.
 
     Args:
-        url: A path, or `file:///absolute/path`.
+        url: A path, or `file:///absolute/path`; a storage is returned as it is.
 
     Raises:
         ValueError: The scheme is not supported, or the URL names another machine or no path.
     """
+    if not isinstance(url, (str, os.PathLike)):
+        return url
     place = os.fspath(url)
     scheme = _SCHEME.match(place)
     if scheme is None:

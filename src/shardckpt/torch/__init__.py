@@ -5,10 +5,7 @@ Layer: framework front; adds types and defaults to `shardckpt.checkpointer`, not
 
 from __future__ import annotations
 
-import itertools
-import os
 from typing import TYPE_CHECKING, Any
-from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
@@ -18,8 +15,9 @@ from shardckpt.checkpointer import (
     CheckpointerCore,
     Restored,
     load_once,
+    next_namespace,
 )
-from shardckpt.load.loader import LoadOptions
+from shardckpt.load.loader import load_options
 from shardckpt.load.together import Together
 from shardckpt.options import Every, Retention, Staging
 from shardckpt.provenance import environment_facts
@@ -32,6 +30,7 @@ from shardckpt.torch.fences import OptimizerFences
 from shardckpt.torch.objects import RngState
 
 if TYPE_CHECKING:
+    import os
     from collections.abc import Mapping, MutableMapping
     from types import TracebackType
 
@@ -40,9 +39,6 @@ if TYPE_CHECKING:
     from shardckpt.storage.base import Storage
 
 __all__ = ["Checkpointer", "Restored", "RngState", "SaveHandle", "load"]
-
-_opened = itertools.count()
-_opened_on: WeakKeyDictionary[Coord, itertools.count[int]] = WeakKeyDictionary()
 
 
 class Checkpointer:
@@ -88,11 +84,11 @@ class Checkpointer:
         overlaps = options.overlap is not False
         self._fences = OptimizerFences()
         self._core = CheckpointerCore(
-            _storage(url), TorchBackend(self._fences if overlaps else None), used,
+            open_storage(url), TorchBackend(self._fences if overlaps else None), used,
             save_every=save_every, retention=retention or Retention(), config=config,
             timeout_s=timeout_s, on_busy=on_busy, staging=options,
             environment=_environment(used.world_size),
-            namespace=_namespace(coord),
+            namespace=next_namespace(coord),
             exchange=default_exchange(timeout_s) if coord is None else None,
         )  # fmt: skip
         if overlaps:
@@ -166,7 +162,14 @@ class Checkpointer:
             StepNotFoundError: That step is not there.
             CorruptCheckpointError: Damaged data; names the newest other step.
         """
-        options = _options(strict, only, rename, cast, transactional, map)
+        options = load_options(
+            strict=strict,
+            only=only,
+            rename=rename,
+            cast=cast,
+            transactional=transactional,
+            model_map=map,
+        )
         return self._core.restore(state, step=step, options=options, fallback=fallback)
 
     def steps(self) -> list[int]:
@@ -258,45 +261,17 @@ def load(
     used = default_coord(timeout_s) if coord is None else coord
     try:
         return load_once(
-            _storage(url), TorchBackend(), used, state,
-            step=step, options=_options(strict, only, rename, cast, transactional, map),
-            timeout_s=timeout_s, namespace=_namespace(coord),
+            open_storage(url), TorchBackend(), used, state,
+            step=step, options=load_options(
+ strict=strict, only=only, rename=rename, cast=cast, transactional=transactional,
+ model_map=map),
+            timeout_s=timeout_s, namespace=next_namespace(coord),
             environment=_environment(used.world_size),
             together=Together(default_exchange(timeout_s) if coord is None else None),
         )  # fmt: skip
     finally:
         if coord is None:
             used.close()
-
-
-def _options(
-    strict: bool,
-    only: tuple[str, ...] | list[str],
-    rename: Mapping[str, str] | None,
-    cast: bool,
-    transactional: bool,
-    model_map: ModelMap | None,
-) -> LoadOptions:
-    if isinstance(only, str):
-        raise TypeError(f"only={only!r}: pass a list of globs")
-    return LoadOptions(
-        strict=strict,
-        only=tuple(only),
-        rename=dict(rename or {}),
-        cast=cast,
-        transactional=transactional,
-        model_map=model_map,
-    )
-
-
-def _namespace(coord: Coord | None) -> str:
-    """Return the next namespace of a job: counted on its own coord, or on torch's default store."""
-    counter = _opened if coord is None else _opened_on.setdefault(coord, itertools.count())
-    return f"shardckpt/{next(counter)}"
-
-
-def _storage(url: str | os.PathLike[str] | Storage) -> Storage:
-    return open_storage(url) if isinstance(url, (str, os.PathLike)) else url
 
 
 def _environment(world_size: int) -> dict[str, str]:

@@ -20,7 +20,7 @@ from shardckpt.backend import SavedState, Targets
 from shardckpt.errors import UnsupportedStateError
 from shardckpt.format.tagged import MAX_DEPTH, decode, encode
 from shardckpt.load.check import is_wanted
-from shardckpt.state import HostArray, Leaf, PerRank, PerRankValue, StateTree
+from shardckpt.state import HostArray, Leaf, PerRank, PerRankValue, StateTree, check_distinct
 from shardckpt.torch import copies
 from shardckpt.torch.leaves import ModuleView
 from shardckpt.torch.objects import (
@@ -126,7 +126,7 @@ class TorchBackend:
                 leaves, objects[item.name] = describe_object(item.name, value, self._leaves)
                 found += leaves
         found.sort(key=attrgetter("key"))
-        _check_distinct([*(leaf.key for leaf in found), *objects, *per_rank, *aliases])
+        check_distinct([*(leaf.key for leaf in found), *objects, *per_rank, *aliases])
         return StateTree(tuple(found), objects, per_rank, aliases)
 
     def host_array(self, data: object) -> HostArray:
@@ -317,18 +317,6 @@ def _replace(item: _Item, value: object) -> None:
     if value is not item.value:
         assert isinstance(item.container, MutableMapping)
         item.container[item.key] = value
-
-
-def _check_distinct(keys: Sequence[str]) -> None:
-    seen: set[str] = set()
-    if len(set(keys)) == len(keys):
-        return
-    for key in keys:
-        if key in seen:
-            raise UnsupportedStateError(
-                f"{key}: two parts of the state have this key; rename one of them"
-            )
-        seen.add(key)
 
 
 def _refuse_capture() -> None:

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, Final, Protocol, final, runtime_checkable
 import numpy as np
 import torch
 
+from shardckpt import state
 from shardckpt.errors import FormatError, StateMismatchError, UnsupportedStateError
 from shardckpt.format.tagged import decode, encode
 from shardckpt.options import PER_RANK_RULES, PerRankRule
@@ -118,16 +119,9 @@ class ObjectPlan:
 
 def as_per_rank(value: object) -> PerRank | None:
     """Return the PerRank that a value is or stands for, or None."""
-    if isinstance(value, PerRank):
-        return value
     if isinstance(value, RngState):
         return PerRank(value, value.rule)
-    if any(
-        c.__name__ == "StatefulDataLoader" and c.__module__.startswith("torchdata")
-        for c in type(value).__mro__
-    ):
-        return PerRank(value, "error")
-    return None
+    return state.as_per_rank(value)
 
 
 def describe_per_rank(name: str, value: PerRank) -> PerRankValue:
