@@ -105,7 +105,9 @@ def test_roles_tell_parameters_from_moments(orbax_root: Path, tmp_path: Path) ->
     convert(orbax_root / "standard", tmp_path / "store")
     catalog = Catalog(LocalStorage(tmp_path / "store"), writer="test")
     entry = catalog.find(catalog.newest(), None)
-    tensors = OpenCheckpoint(catalog.storage, entry.attempt, entry.manifest).tensors
+    checkpoint = OpenCheckpoint(catalog.storage, entry.attempt, entry.manifest)
+    assert checkpoint.manifest.framework == "jax", "model maps read it as a state of JAX"
+    tensors = checkpoint.tensors
     roles = {key: tensors[key].role for key in ("params/w", "opt/0/mu/w", "opt/0/nu/w")}
     assert list(roles.values()) == ["param", "adam_m", "adam_v"]
     assert tensors["opt/0/count"].role == "count"

@@ -173,7 +173,8 @@ def _from_orbax(
         _warn_of_zeros(one, source)
         config = msgspec.json.encode(encode({"orbax": one.notes}, "config"))
         facts = environment_facts({"converted_from": f"Orbax, {source}"}, 1)
-        described = Described("orbax", root.store_id, msgspec.Raw(config), facts)
+        # What Orbax saves is a state of JAX, and model maps read it as one.
+        described = Described("jax", root.store_id, msgspec.Raw(config), facts)
         if number == 1:
             steps = StepWriter(catalog, writer, described, budget_bytes // 2)
         steps.described = described
