@@ -32,6 +32,7 @@ sys.path.append(str(Path(__file__).parents[1] / "torch_fsdp"))
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 import gpt
+import grain
 import jax
 import numpy as np
 import optax
@@ -48,30 +49,24 @@ _NO_CONFIG: Final = (
 )
 
 
+@dataclass(frozen=True, slots=True)
 class Samples:
-    """Where the job is in its data; saved and restored like any other part of the state."""
+    """The windows of the text in the order of the job, for grain to pick from."""
 
-    def __init__(self, corpus_digest: str) -> None:
-        """Start at the first sample."""
-        self.consumed = 0
-        self._corpus_digest = corpus_digest
+    text: np.ndarray[Any, Any]
+    context: int
+    seed: int
+    num: int
 
-    def state_dict(self) -> dict[str, Any]:
-        """Return the position and the text it is a position in."""
-        return {"samples": self.consumed, "corpus": self._corpus_digest}
+    def __len__(self) -> int:
+        """Return how many samples the job takes in all."""
+        return self.num
 
-    def load_state_dict(self, saved: dict[str, Any]) -> None:
-        """Take a saved position.
-
-        Raises:
-            ValueError: It is a position in another text.
-        """
-        if saved["corpus"] != self._corpus_digest:
-            raise ValueError(
-                f"the checkpoint was trained on text {saved['corpus']}, this Python's standard "
-                f"library is text {self._corpus_digest}: resume with the Python that started it"
-            )
-        self.consumed = saved["samples"]
+    def __getitem__(self, sample: Any) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
+        """Return the inputs and targets of one sample."""
+        first = int(sample)
+        pair = batch_of(self.text, range(first, first + 1), self.context, self.seed)
+        return pair[0][0], pair[1][0]
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,11 +113,11 @@ def main() -> None:
 
 def train(job: Job) -> None:
     """Train from the newest checkpoint, or from the start, and save on the way."""
-    options, samples = job.options, Samples(job.corpus.digest)
+    options, data = job.options, batches_of(job)
     if options.no_checkpoint:
         params, opt_state = job.fresh()
         for step in steps(job):
-            params, opt_state, loss = job.step(params, opt_state, *batch(job, samples))
+            params, opt_state, loss = job.step(params, opt_state, *spread(job, next(data)))
             report(job, step, float(loss))
         return
     with Checkpointer(
@@ -131,20 +126,23 @@ def train(job: Job) -> None:
         retention=Retention(last=3, best=Best("val_loss", "min", n=1)),
         config={name: value for name, value in vars(options).items() if name not in _NO_CONFIG},
     ) as ckpt:
-        restored = ckpt.restore({**job.blank, "data": samples})
+        restored = ckpt.restore({**job.blank, "data": data, "text": job.corpus.digest})
         if restored is None:
             params, opt_state = job.fresh()
         else:
+            check_text(job, restored.state["text"])
             params, opt_state = restored.state["params"], restored.state["opt_state"]
             if options.process == 0:
                 mesh = f"{options.processes} x {options.devices} devices"
                 saved_by = restored.world_size
                 print(f"restored step {restored.step} saved by {saved_by}, now {mesh}", flush=True)
         for step in steps(job, first=restored.step + 1 if restored else 0):
-            params, opt_state, loss = job.step(params, opt_state, *batch(job, samples))
+            params, opt_state, loss = job.step(params, opt_state, *spread(job, next(data)))
             if ckpt.should_save(step) or step == steps(job)[-1]:
-                held_out = float(job.loss(params, *batch(job, None)))
-                state = {"params": params, "opt_state": opt_state, "data": samples}
+                held_out = float(job.loss(params, *held_out_batch(job)))
+                state = {"params": params, "opt_state": opt_state}
+                # The iterator of grain knows where the job is in its data.
+                state |= {"data": data, "text": job.corpus.digest}
                 ckpt.save(step, state, metrics={"val_loss": held_out})
             report(job, step, float(loss))
 
@@ -154,15 +152,37 @@ def steps(job: Job, first: int = 0) -> range:
     return range(first, min(job.options.steps, job.options.stop_step or job.options.steps))
 
 
-def batch(job: Job, samples: Samples | None) -> tuple[jax.Array, jax.Array]:
-    """Return the next global batch, cut over the data axis; None: a fixed one of held-out text."""
+def batches_of(job: Job) -> Any:
+    """Return grain's iterator over global batches, alike in every process of any job."""
     options = job.options
-    first = 0 if samples is None else samples.consumed
-    text = job.corpus.held_out if samples is None else job.corpus.train
-    numbers = range(first, first + options.global_batch)
-    if samples is not None:
-        samples.consumed += options.global_batch
-    pair = batch_of(text, numbers, options.context, options.seed)
+    num = options.steps * options.global_batch
+    samples = Samples(job.corpus.train, options.context, options.seed, num)
+    dataset = grain.MapDataset.source(samples).batch(options.global_batch)
+    return iter(dataset.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=2)))
+
+
+def check_text(job: Job, saved: str) -> None:
+    """Refuse a position in another text.
+
+    Raises:
+        ValueError: The text differs.
+    """
+    if saved != job.corpus.digest:
+        raise ValueError(
+            f"the checkpoint was trained on text {saved}, this Python's standard library is text "
+            f"{job.corpus.digest}: resume with the Python that started it"
+        )
+
+
+def held_out_batch(job: Job) -> tuple[jax.Array, jax.Array]:
+    """Return the same global batch of held-out text every time."""
+    options = job.options
+    numbers = range(options.global_batch)
+    return spread(job, batch_of(job.corpus.held_out, numbers, options.context, options.seed))
+
+
+def spread(job: Job, pair: Any) -> tuple[jax.Array, jax.Array]:
+    """Return a global batch cut over the data axis."""
     inputs, targets = (
         jax.make_array_from_callback(part.shape, job.batches, part.astype(np.int32).__getitem__)
         for part in pair

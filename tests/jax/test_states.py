@@ -7,6 +7,7 @@ import sys
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import grain
 import jax
 import ml_dtypes
 import numpy as np
@@ -358,6 +359,19 @@ def test_a_torchdata_loader_goes_on_where_it_was(round_trip: RoundTrip) -> None:
     restored = round_trip({"data": first}, {"data": second})
     assert restored.state["data"] is second
     assert [b.tolist() for b in second] == [b.tolist() for b in batches]
+
+
+def test_a_grain_iterator_goes_on_where_it_was(round_trip: RoundTrip) -> None:
+    def batches() -> Any:
+        dataset = grain.MapDataset.range(40).shuffle(seed=3).batch(4)
+        return iter(dataset.to_iter_dataset(grain.ReadOptions(num_threads=1)))
+
+    first, second = batches(), batches()
+    for _ in range(3):
+        next(first)
+    restored = round_trip({"data": first}, {"data": second})
+    assert restored.state["data"] is second
+    assert [b.tolist() for b in second] == [b.tolist() for b in first]
 
 
 def test_saving_and_restoring_heed_no_mesh_in_use(tmp_path: Path) -> None:
