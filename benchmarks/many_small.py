@@ -95,7 +95,7 @@ def main() -> int:
     parser = arguments("Save and load many small tensors beside DCP.")
     parser.add_argument("--ranks", type=int, default=2)
     parser.add_argument("--tensors", type=int, default=20_000)
-    parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--rounds", type=int, default=5)
     told = parser.parse_args()
     with scratch(told.directory) as place:
         results: list[Any] = run_ranks(

@@ -1,9 +1,10 @@
 """The framework seam: what the engine asks of torch or JAX.
 
 Layer: above state, below checkpointer. The core calls these in this order. Save: `describe`,
-`host_array` for every shard it will store. Restore: `targets` builds what is wanted, the core
-compares it with what is saved and reads into `host_target` of the targets, then `finish` hands over
-what is not an array and returns the restored state.
+`owners` of the leaves it has staged before, `host_array` for every shard of the others. Restore:
+`targets` builds what is wanted, the core compares it with what is saved and reads into
+`host_target` of the targets, then `finish` hands over what is not an array and returns the restored
+state.
 """
 
 from __future__ import annotations
@@ -80,12 +81,18 @@ class Backend(Protocol):
     def describe(self, state: Any) -> StateTree:
         """Return what `state` holds, without copying arrays and without communication.
 
+        Leaves that are lasting are returned again where nothing of them changed. A backend without
+        such leaves is never asked for `owners`.
+
         Raises:
             UnsupportedStateError: A value cannot be stored exactly; names its path.
         """
 
     def host_array(self, data: object) -> HostArray:
         """Return the memory of a shard's `data`; what the engine cannot stage is copied first."""
+
+    def owners(self, leaves: Sequence[Leaf]) -> list[object]:
+        """Return what keeps the memory of leaves alive that are lasting."""
 
     def streams(self, devices: Collection[int]) -> Sequence[int]:
         """Return pairs of device and stream: where the caller uses arrays of `devices` now."""

@@ -83,6 +83,8 @@ class Leaf(msgspec.Struct, frozen=True, gc=False):
         shards: What this rank holds; empty boxes left out, no replica twice.
         fence: 0 where it must be copied before `save` returns; else who announces its changes: it
             may be copied later, until `fence` is called for this number.
+        is_lasting: Whether the backend returns this very object again for as long as all of it is
+            as it was, the place of its memory included. It keeps no memory alive.
     """
 
     key: str
@@ -91,6 +93,7 @@ class Leaf(msgspec.Struct, frozen=True, gc=False):
     layout: MeshLayout | Literal["boxes"] | None
     shards: tuple[Shard, ...]
     fence: int = 0
+    is_lasting: bool = False
 
 
 @dataclass(frozen=True, slots=True)

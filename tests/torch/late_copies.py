@@ -46,13 +46,18 @@ class LateSave:
     def save(self, state: dict[str, Any]) -> None:
         self.fenced.clear()
         for leaf in self._backend.describe(state).leaves:
-            aliases = [shard.data.detach() for shard in leaf.shards]
+            aliases = [self._alias(shard.data) for shard in leaf.shards]
             self.groups[leaf.key] = leaf.fence
             self._before[leaf.key] = [alias.clone() for alias in aliases]
             if leaf.fence:
                 self._late[leaf.key] = aliases
             else:
                 self._saved[leaf.key] = self._before[leaf.key]
+
+    def _alias(self, data: object) -> torch.Tensor:
+        alias = self._backend.host_array(data).owner
+        assert isinstance(alias, torch.Tensor)
+        return alias
 
     def late(self) -> set[str]:
         """Return the keys that are still to be copied."""

@@ -45,7 +45,7 @@ from shardckpt.format.sealed import digest
 from shardckpt.save.commit import Described, Planner, commit_round, outcome_of
 from shardckpt.save.messages import Answer, Decision, Hello, Outcome, Report
 from shardckpt.save.plan import RankPlan, rank_plan
-from shardckpt.save.stage import Staged, stage
+from shardckpt.save.stage import CopyTable, Staged
 from shardckpt.save.structure import (
     encode_structure,
     has_structure_of,
@@ -185,6 +185,7 @@ class Saver:
         self._structure = ""
         self._known: StateTree | None = None
         self._rank_plan: RankPlan | None = None
+        self._table: CopyTable | None = None
         self._plan_digest = ""
         self._in_flight: deque[SaveHandle] = deque()
         self._staging: tuple[_Job, ...] = ()
@@ -398,12 +399,16 @@ class Saver:
         started: float,
     ) -> _Job:
         tree = self._backend.describe(state)
-        plan = self._rank_plan
+        plan, table, known = self._rank_plan, self._table, self._known
         data, structure = b"", self._structure
-        if self._known is None or plan is None or not has_structure_of(tree, self._known):
+        if (
+            table is None
+            or known is None
+            or not has_structure_of(tree, known, table.changed(tree.leaves))
+        ):
             data, structure = encode_structure(structure_of(tree))
         answer: Answer | None = None
-        is_new = structure != self._structure or plan is None
+        is_new = structure != self._structure or plan is None or table is None or known is None
         if is_new:
             # Planning shares the planner with the saves under way.
             wait_futures([h.committed for h in self._in_flight if h is not handle])
@@ -415,11 +420,13 @@ class Saver:
             make_room(self._engine, self._options, plan.file_bytes)
             self._rank_plan, self._plan_digest, self._structure = plan, answer.plan, structure
             # Specs and boxes for the tables, not the caller's memory.
-            self._known = without_data(tree)
+            known = self._known = without_data(tree)
+            table = self._table = CopyTable(plan)
         assert plan is not None
-        assert self._known is not None
-        staged = stage(
-            self._engine, plan, tree.leaves, self._backend,
+        assert table is not None
+        assert known is not None
+        staged = table.stage(
+            self._engine, tree.leaves, self._backend,
             overlap=self._overlaps, check_copies=self._options.check_copies,
         )  # fmt: skip
         if staged.devices and not self._told_of_pins:
@@ -427,7 +434,7 @@ class Saver:
             if problem := self._engine.pin_problem():
                 _logger.warning("staging memory is not pinned, so copies are slower: %s", problem)
         return _Job(
-            round_, handle, structure, plan, self._plan_digest, self._known.leaves, staged,
+            round_, handle, structure, plan, self._plan_digest, known.leaves, staged,
             not is_new,
             {key: _raw(value) for key, value in tree.objects.items()},
             {key: _raw(value.value) for key, value in tree.per_rank.items()},

@@ -5,12 +5,17 @@ Layer: save.
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import msgspec
 
 from shardckpt.format.manifest import BoxColumn, MeshColumn, layout_column
 from shardckpt.format.sealed import digest
 from shardckpt.geometry.layout import MeshLayout
 from shardckpt.state import PerRankValue, StateTree
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
 
 
 class Structure(msgspec.Struct, frozen=True, kw_only=True):
@@ -88,11 +93,16 @@ def encode_structure(structure: Structure) -> tuple[bytes, str]:
     return data, digest(data)
 
 
-def has_structure_of(tree: StateTree, known: StateTree) -> bool:
+def has_structure_of(tree: StateTree, known: StateTree, changed: Sequence[int]) -> bool:
     """Return whether two described states differ at most in values and fences; cheap where True.
 
     Backends share specs, layouts and boxes between descriptions, so most comparisons are of
     identities.
+
+    Args:
+        tree: A described state.
+        known: An earlier one.
+        changed: Indexes of the leaves to compare; the others are known to be equal.
     """
     if len(tree.leaves) != len(known.leaves) or tree.objects.keys() != known.objects.keys():
         return False
@@ -100,7 +110,8 @@ def has_structure_of(tree: StateTree, known: StateTree) -> bool:
         return False
     if any(value.rule != known.per_rank[key].rule for key, value in tree.per_rank.items()):
         return False
-    for leaf, other in zip(tree.leaves, known.leaves, strict=True):
+    for index in changed:
+        leaf, other = tree.leaves[index], known.leaves[index]
         if (
             leaf.key != other.key
             or leaf.role != other.role

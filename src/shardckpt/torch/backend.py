@@ -6,10 +6,20 @@ Layer: torch. No collectives, no process group: what other ranks hold follows fr
 from __future__ import annotations
 
 import logging
-from collections.abc import Collection, Iterable, Iterator, Mapping, MutableMapping, Sequence
+from collections.abc import (
+    Callable,
+    Collection,
+    Iterable,
+    Iterator,
+    Mapping,
+    MutableMapping,
+    Sequence,
+)
 from dataclasses import dataclass, field
+from functools import partial
 from operator import attrgetter
 from typing import TYPE_CHECKING, Any, final
+from weakref import ref
 
 import msgspec
 import torch
@@ -36,6 +46,7 @@ from shardckpt.torch.objects import (
 )
 from shardckpt.torch.optimizer import OptimizerPlan, OptimizerView
 from shardckpt.torch.shards import Leaves
+from shardckpt.torch.unmoved import Unmoved
 from shardckpt.torch.values import decode_inline, encode_inline
 
 if TYPE_CHECKING:
@@ -84,6 +95,7 @@ class TorchBackend:
             fences: Who guards optimizer steps; None: every leaf may change as `save` returns.
         """
         self._leaves = Leaves()
+        self._unmoved: dict[str, Unmoved] = {}
         self._fences = fences
         self._cuda_problem: str | None = None
 
@@ -98,6 +110,8 @@ class TorchBackend:
         found: list[Leaf] = []
         objects: dict[str, object] = {}
         per_rank: dict[str, PerRankValue] = {}
+        plain: list[str] = []
+        tensors: list[torch.Tensor] = []
         fences = self._fences
         owners = {} if fences is None else fences.owners(_optimizers(items))
         aliases: dict[str, str] = {}
@@ -105,7 +119,9 @@ class TorchBackend:
             value = item.value
             if isinstance(value, nn.Module):
                 view = modules[item.name]
-                found += view.leaves(self._leaves, owners)
+                causes = view.causes(owners)
+                make = partial(view.leaves, self._leaves, owners)
+                found += self._made(item.name, causes, [*view.tensors.values()], make)
                 aliases.update(
                     {f"{item.name}/{a}": f"{item.name}/{b}" for a, b in view.aliases.items()}
                 )
@@ -115,25 +131,38 @@ class TorchBackend:
             elif isinstance(value, torch.optim.Optimizer):
                 fence = 0 if fences is None else fences.group_of(value)
                 seen = OptimizerView(item.name, value, modules)
-                leaves, values = seen.describe(self._leaves, fence)
-                found += leaves
-                objects.update(values)
+                held = seen.state()
+                make = partial(seen.state_leaves, held, self._leaves, fence)
+                found += self._made(item.name, held.causes(fence), held.tensors, make)
+                found += seen.group_leaves(self._leaves)
+                objects.update(seen.objects(held))
             elif isinstance(value, torch.Tensor):
-                found.append(self._leaves.leaf(item.name, value, "other"))
+                plain.append(item.name)
+                tensors.append(value)
             elif (marked := as_per_rank(value)) is not None:
                 per_rank[item.name] = describe_per_rank(item.name, marked)
             else:
                 leaves, objects[item.name] = describe_object(item.name, value, self._leaves)
                 found += leaves
+        found += self._made("", plain, tensors, partial(self._plain_leaves, plain, tensors))
         found.sort(key=attrgetter("key"))
         check_distinct([*(leaf.key for leaf in found), *objects, *per_rank, *aliases])
         return StateTree(tuple(found), objects, per_rank, aliases)
 
     def host_array(self, data: object) -> HostArray:
         """Return the memory of a shard; what the engine cannot stage is copied to the host."""
-        assert isinstance(data, torch.Tensor)
-        stays = data.is_cuda and self._stages_cuda()
-        return copies.host_array(data, may_stay_on_device=stays)
+        tensor = data() if isinstance(data, ref) else data
+        assert isinstance(tensor, torch.Tensor)
+        stays = tensor.is_cuda and self._stages_cuda()
+        return copies.host_array(tensor, may_stay_on_device=stays)
+
+    def owners(self, leaves: Sequence[Leaf]) -> list[object]:
+        """Return the storages of lasting leaves.
+
+        They stay valid where the caller gives a parameter other memory (`p.data = ...`).
+        """
+        data: list[Any] = [shard.data for leaf in leaves for shard in leaf.shards]
+        return [local().untyped_storage() for local in data]
 
     def streams(self, devices: Collection[int]) -> Sequence[int]:
         """Return pairs of device and the calling thread's current CUDA stream there."""
@@ -241,6 +270,33 @@ class TorchBackend:
             if item.name in saved.per_rank:
                 _replace(item, give_per_rank(item.name, item.value, saved.per_rank[item.name]))
         return finish.state
+
+    def _plain_leaves(self, keys: list[str], tensors: list[torch.Tensor]) -> list[Leaf]:
+        pairs = zip(keys, tensors, strict=True)
+        return [self._leaves.leaf(key, tensor, "other") for key, tensor in pairs]
+
+    def _made(
+        self,
+        name: str,
+        causes: object,
+        tensors: Sequence[torch.Tensor],
+        make: Callable[[], list[Leaf]],
+    ) -> list[Leaf]:
+        """Return the leaves of a module or an optimizer: the very same while nothing changes."""
+        causes = (self._leaves.rank, causes)
+        unmoved = self._unmoved.get(name)
+        if unmoved is not None and unmoved.holds(causes, tensors):
+            return unmoved.leaves
+        self._unmoved.pop(name, None)
+        leaves = make()
+        stays = any(tensor.is_cuda for tensor in tensors) and self._stages_cuda()
+        unmoved = Unmoved.of(
+            causes, tensors, leaves,
+            is_dtensor=self._leaves.is_dtensor, may_stay_on_device=stays,
+        )  # fmt: skip
+        if unmoved is not None:
+            self._unmoved[name] = unmoved
+        return leaves
 
     def _look(self, state: Mapping[str, Any]) -> tuple[list[_Item], dict[str, ModuleView]]:
         if not isinstance(state, Mapping):

@@ -44,6 +44,13 @@ def host_array(tensor: torch.Tensor, *, may_stay_on_device: bool = False) -> Hos
     return _lent(alias, device)
 
 
+def is_lent(tensor: torch.Tensor, *, may_stay_on_device: bool = False) -> bool:
+    """Return whether `host_array` gives the tensor's own memory and no copy of it."""
+    if tensor.is_conj() or tensor.is_neg():
+        return False
+    return tensor.is_cpu or (may_stay_on_device and tensor.is_cuda and _has_rows(tensor))
+
+
 def _has_rows(tensor: torch.Tensor) -> bool:
     if tensor.is_contiguous():
         return True

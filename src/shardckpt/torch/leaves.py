@@ -64,8 +64,9 @@ class ModuleView:
         self.flat: dict[str, FlatPart] = {}
         self.aliases: dict[str, str] = {}
         self.extra: dict[str, object] = {}
-        self._ddp_paths = private.inner_ddp_paths(self.module)
-        if private.is_fsdp1(self.module):
+        classes = private.classes_in(self.module)
+        self._ddp_paths = private.inner_ddp_paths(self.module, classes)
+        if private.has_fsdp1(classes):
             self._look_at_fsdp1()
         else:
             # Keeping variables gives the module's own tensors: no detached copies, and parameters
@@ -108,6 +109,10 @@ class ModuleView:
             for name, part in self.flat.items()
         ]
         return found
+
+    def causes(self, owners: Mapping[int, int]) -> object:
+        """Return what the leaves follow from besides the tensors; cheap to compare."""
+        return [*self.tensors], [owners.get(id(tensor), 0) for tensor in self.tensors.values()]
 
     def check_fillable(self) -> None:
         """Refuse a module whose tensors cannot be filled in place.

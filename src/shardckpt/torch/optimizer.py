@@ -58,6 +58,29 @@ class OptimizerPlan:
     lone_scalars: list[tuple[int, str, torch.Tensor]] = field(default_factory=list)
 
 
+@dataclass(slots=True)
+class OptimizerState:
+    """The state of one optimizer, its tensors as columns.
+
+    Attributes:
+        refs: For each tensor the parameter whose state it is.
+        names: Name of each in that state.
+        tensors: The tensors.
+        values: State that is no tensor: by parameter, then by name.
+    """
+
+    refs: list[ParamRef] = field(default_factory=list)
+    names: list[str] = field(default_factory=list)
+    tensors: list[torch.Tensor] = field(default_factory=list)
+    values: dict[str, dict[str, object]] = field(default_factory=dict)
+
+    def causes(self, fence: int) -> object:
+        """Return what the leaves follow from besides the tensors; cheap to compare."""
+        # A plain tensor beside a sharded parameter lies where the parameter does.
+        specs = [private.spec_of(ref.param) for ref in self.refs]
+        return fence, [ref.name for ref in self.refs], self.names, specs
+
+
 @final
 class OptimizerView:
     """One optimizer of the state and the names of its parameters."""
@@ -86,39 +109,64 @@ class OptimizerView:
             ref.name: ref for group in self.groups for ref in group
         }
 
-    def describe(self, leaves: Leaves, fence: int) -> tuple[list[Leaf], dict[str, object]]:
-        """Return the leaves and objects of the optimizer.
-
-        Args:
-            leaves: Makes the leaves.
-            fence: Group of what changes only in the optimizer's step, or 0.
-
-        Raises:
-            UnsupportedStateError: A part cannot be stored exactly.
-        """
-        found: list[Leaf] = []
-        values: dict[str, dict[str, object]] = {}
+    def state(self) -> OptimizerState:
+        """Return the state as it stands."""
+        found = OptimizerState()
         state = self.optimizer.state
         for group in self.groups:
             for ref in group:
                 for state_name, value in state.get(ref.param, _EMPTY).items():
                     if isinstance(value, torch.Tensor):
-                        key = self._key(ref, state_name)
-                        found.append(self._state_leaf(key, ref, state_name, value, leaves, fence))
+                        found.refs.append(ref)
+                        found.names.append(state_name)
+                        found.tensors.append(value)
                     else:
-                        values.setdefault(ref.name, {})[state_name] = value
-        for i, fields in enumerate(self.optimizer.param_groups):
-            found += [
-                leaves.leaf(f"{self.name}/param_groups/{i}/{key}", value, "other")
-                for key, value in fields.items()
-                if isinstance(value, torch.Tensor)
-            ]
-        objects: dict[str, object] = {
+                        found.values.setdefault(ref.name, {})[state_name] = value
+        return found
+
+    def state_leaves(self, state: OptimizerState, leaves: Leaves, fence: int) -> list[Leaf]:
+        """Return one leaf per tensor of the state.
+
+        Args:
+            state: Of this optimizer.
+            leaves: Makes the leaves.
+            fence: Group of what changes only in the optimizer's step, or 0.
+
+        Raises:
+            UnsupportedStateError: A tensor cannot be stored exactly.
+        """
+        return [
+            self._state_leaf(self._key(ref, name), ref, name, tensor, leaves, fence)
+            for ref, name, tensor in zip(state.refs, state.names, state.tensors, strict=True)
+        ]
+
+    def group_leaves(self, leaves: Leaves) -> list[Leaf]:
+        """Return the leaves of tensors among the hyperparameters.
+
+        Raises:
+            UnsupportedStateError: A tensor cannot be stored exactly.
+        """
+        return [
+            leaves.leaf(f"{self._groups_key}/{i}/{key}", value, "other")
+            for i, fields in enumerate(self.optimizer.param_groups)
+            for key, value in fields.items()
+            if isinstance(value, torch.Tensor)
+        ]
+
+    def objects(self, state: OptimizerState) -> dict[str, object]:
+        """Return hyperparameters and state that is no tensor, as tagged JSON values by key.
+
+        Raises:
+            UnsupportedStateError: A value cannot be stored exactly.
+        """
+        found: dict[str, object] = {
             self._groups_key: encode(self._group_values(), self._groups_key)
         }
-        if values:
-            objects[self._values_key] = encode(values, self._values_key, extension=encode_inline)
-        return found, objects
+        if state.values:
+            found[self._values_key] = encode(
+                state.values, self._values_key, extension=encode_inline
+            )
+        return found
 
     def plan(
         self, saved: SavedState, leaves: Leaves, is_wanted: Callable[[str], bool]

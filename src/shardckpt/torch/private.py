@@ -68,6 +68,11 @@ def local_tensor(dtensor: Any) -> torch.Tensor:
     return local
 
 
+def spec_of(tensor: torch.Tensor) -> object:
+    """Return mesh, placements and global shape of a DTensor as one object; None for others."""
+    return getattr(tensor, "_spec", None)
+
+
 def plain(tensor: torch.Tensor) -> torch.Tensor:
     """Return the tensor itself, or a DTensor's local one."""
     dtensor = dtensor_class()
@@ -108,19 +113,29 @@ def unwrapped(module: nn.Module) -> nn.Module:
             return module
 
 
-def inner_ddp_paths(module: nn.Module) -> list[str]:
-    """Return the names of submodules wrapped in DistributedDataParallel, innermost first."""
+def classes_in(module: nn.Module) -> set[type]:
+    """Return the classes of the module and of all its parts."""
+    return set(map(type, module.modules()))
+
+
+def inner_ddp_paths(module: nn.Module, classes: set[type]) -> list[str]:
+    """Return the names of submodules wrapped in DistributedDataParallel, innermost first.
+
+    Args:
+        module: The module.
+        classes: Those in it.
+    """
     ddp = _imported("torch.nn.parallel", "DistributedDataParallel")
-    if ddp is None:
+    if ddp is None or not any(issubclass(kind, ddp) for kind in classes):
         return []
     paths = [name for name, part in module.named_modules() if isinstance(part, ddp)]
     return sorted(paths, key=len, reverse=True)
 
 
-def is_fsdp1(module: nn.Module) -> bool:
-    """Return whether FullyShardedDataParallel wraps the module or a part of it."""
+def has_fsdp1(classes: set[type]) -> bool:
+    """Return whether FullyShardedDataParallel is one of the classes in a module."""
     fsdp = _imported("torch.distributed.fsdp", "FullyShardedDataParallel")
-    return fsdp is not None and any(isinstance(part, fsdp) for part in module.modules())
+    return fsdp is not None and any(issubclass(kind, fsdp) for kind in classes)
 
 
 def flat_parts(module: nn.Module, what: str) -> Iterator[tuple[str, FlatPart]]:

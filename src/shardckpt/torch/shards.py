@@ -8,9 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final, TypeAlias, final
-from weakref import ref
 
-import msgspec
 import torch
 
 from shardckpt.errors import UnsupportedStateError
@@ -36,20 +34,6 @@ _Placement: TypeAlias = tuple[int, object, torch.Size, torch.dtype]
 class _Mesh:
     shape: Shape
     ranks: tuple[int, ...]
-
-
-class _Known(msgspec.Struct, frozen=True, gc=False):
-    """What was found of one tensor, and all that it followed from; keeps no tensor alive."""
-
-    key: str
-    tensor: ref[torch.Tensor]
-    local: ref[torch.Tensor]
-    placed: _Placed
-    shape: torch.Size
-    dtype: torch.dtype
-    spec: ArraySpec
-    layout: MeshLayout | None
-    box: Box | None
 
 
 def cut_order(
@@ -106,7 +90,11 @@ class Leaves:
         self._boxes: dict[tuple[int, Shape], Box | None] = {}
         self._specs: dict[tuple[Shape, torch.dtype], tuple[ArraySpec, Box]] = {}
         self._by_placement: dict[_Placement, tuple[ArraySpec, MeshLayout, Box | None]] = {}
-        self._known: dict[str, _Known] = {}
+
+    @property
+    def rank(self) -> int:
+        """The rank whose shards these are."""
+        return self._rank
 
     def begin(self) -> None:
         """Begin a description: rank and imported classes may have changed, ids may be reused."""
@@ -114,12 +102,11 @@ class Leaves:
         if rank != self._rank:
             self._boxes.clear()
             self._by_placement.clear()
-            self._known.clear()
         self._rank = rank
         self._dtensor = dtensor_class()
         self._mesh_by_id.clear()
         caches: tuple[dict[Any, Any], ...] = (
-            self._known, self._layouts, self._boxes, self._specs, self._by_placement,
+            self._layouts, self._boxes, self._specs, self._by_placement,
         )  # fmt: skip
         if max(map(len, caches)) > _MAX_CACHED:
             for cache in (*caches, self._meshes, self._distinct):
@@ -141,24 +128,19 @@ class Leaves:
         Raises:
             UnsupportedStateError: The tensor cannot be stored exactly.
         """
-        is_dtensor = self.is_dtensor(tensor)
-        local = local_tensor(tensor) if is_dtensor else tensor
-        known = self._known.get(key)
-        if (
-            known is None
-            or known.tensor() is not tensor
-            or known.local() is not local
-            # `tensor.data = ...` changes what the very same tensor is.
-            or known.shape != local.shape
-            or known.dtype is not local.dtype
-            or local.is_meta
-            or (is_dtensor and known.placed != _placed(tensor))
-        ):
-            known = self._known[key] = self._looked_at(key, tensor, local, is_dtensor=is_dtensor)
+        layout: MeshLayout | None = None
+        box: Box | None
+        if self.is_dtensor(tensor):
+            local = local_tensor(tensor)
+            spec, layout, box = self._lies(key, _placed(tensor), local)
+        else:
+            local = tensor
+            check_storable(tensor, key)
+            spec, box = self._spec(key, tuple(tensor.shape), tensor.dtype)
+            box = box if tensor.numel() else None
         if fence and not (local.is_cpu or local.is_cuda):
             fence = 0
-        shards = () if known.box is None else (Shard(known.box, local),)
-        return Leaf(known.key, known.spec, role, known.layout, shards, fence)
+        return Leaf(key, spec, role, layout, () if box is None else (Shard(box, local),), fence)
 
     def sharded(self, key: str, like: Any, local: torch.Tensor, role: str, fence: int = 0) -> Leaf:
         """Return the leaf of a local tensor that lies on the mesh as the DTensor `like` does.
@@ -190,24 +172,6 @@ class Leaves:
             offset = stop
         return Leaf(
             key, spec, role, "boxes", tuple(shards), fence if local.is_cpu or local.is_cuda else 0
-        )
-
-    def _looked_at(
-        self, key: str, tensor: torch.Tensor, local: torch.Tensor, *, is_dtensor: bool
-    ) -> _Known:
-        """Return what is found of a tensor that is not known, or has changed."""
-        placed: _Placed = (None, None, tensor.shape)
-        layout: MeshLayout | None = None
-        box: Box | None
-        if is_dtensor:
-            placed = _placed(tensor)
-            spec, layout, box = self._lies(key, placed, local)
-        else:
-            check_storable(tensor, key)
-            spec, box = self._spec(key, tuple(tensor.shape), tensor.dtype)
-            box = box if tensor.numel() else None
-        return _Known(
-            key, ref(tensor), ref(local), placed, local.shape, local.dtype, spec, layout, box
         )
 
     def _lies(
