@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 ORDER: Final = (
     "limits", "stall", "durable", "save_load", "many_small", "memory", "reshard", "jax_peers",
+    "policy",
 )  # fmt: skip
 SHARED_FACTS: Final = (
     "cpu", "cores", "memory_gib", "kernel", "python", "torch", "shardckpt", "native",
@@ -133,6 +134,8 @@ def _pictures(name: str, series: dict[str, Any], place: Path) -> list[str]:
         return [_speeds(series, place)]
     if name == "memory":
         return [_memory(series, place)]
+    if name == "policy":
+        return [_policy(series, place)]
     return []
 
 
@@ -212,6 +215,22 @@ def _memory(series: dict[str, Any], place: Path) -> str:
     axes[0][0].plot(range(1, len(values) + 1), values, color=COLORS[0])
     axes[0][0].set(title="Memory beyond the state", xlabel="saves", ylabel="MiB", ylim=(0, None))
     return _write(figure, place, "memory.svg")
+
+
+def _policy(series: dict[str, Any], place: Path) -> str:
+    """Draw what fixed intervals lose, and what the policy does that knows nothing before."""
+    columns = 3
+    figure, axes = _axes(-(-len(series) // columns), columns, 6.5)
+    figure.set_size_inches(12, 6.5)
+    places = [place_ for row in axes for place_ in row]
+    for axis, (name, scenario) in zip(places, series.items(), strict=False):
+        percent = [100 * part for part in scenario["lost"]]
+        axis.plot(scenario["interval_s"], percent, marker=".", color=COLORS[2], label="fixed")
+        axis.axhline(100 * scenario["policy"], color=COLORS[0], label="Auto()")
+        axis.set(title=name, xlabel="s between saves", ylabel="% of the time lost", xscale="log")
+        axis.set_ylim(0, 4 * min(percent))
+        axis.legend()
+    return _write(figure, place, "policy.svg")
 
 
 def _axes(rows: int, columns: int, height: float) -> tuple[Figure, list[list[Axes]]]:

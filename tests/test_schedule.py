@@ -50,7 +50,7 @@ def test_a_rule_by_seconds_saves_at_the_same_steps_on_ranks_whose_clocks_differ(
         for r, schedule in enumerate(ranks):
             if schedule.should_save(step):
                 saved[r].append(step)
-                schedule.saved()
+                schedule.saving()
         clocks[2].now = chance.uniform(0, 1e6)
     assert saved[0] == saved[1] == saved[2]
     gaps = [(b - a) // stride for a, b in zip(saved[0], saved[0][1:], strict=False)]
@@ -68,7 +68,7 @@ def test_both_rules_save_at_whichever_comes_first() -> None:
         clock.now += 1
         if schedule.should_save(step):
             saved.append(step)
-            schedule.saved()
+            schedule.saving()
     assert 100 in saved
     assert len(saved) > 10
 

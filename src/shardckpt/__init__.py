@@ -21,11 +21,12 @@ from shardckpt.errors import (
     UnsupportedStateError,
 )
 from shardckpt.load.maps import ModelMap, Rule
-from shardckpt.options import Best, Every, Retention, Staging
+from shardckpt.options import Auto, Best, Every, Retention, Staging
 from shardckpt.state import PerRank
 
 __version__ = "0.1.0.dev0"
 __all__ = [
+    "Auto",
     "Best",
     "CorruptCheckpointError",
     "DeadlineError",

@@ -40,6 +40,7 @@ from shardckpt.load.loader import (
 )
 from shardckpt.load.open import OpenCheckpoint
 from shardckpt.load.together import Together
+from shardckpt.policy import LEARNED
 from shardckpt.provenance import writer_name
 from shardckpt.retention import to_drop
 from shardckpt.save.commit import Described
@@ -55,7 +56,7 @@ if TYPE_CHECKING:
     from shardckpt.coord.base import Coord
     from shardckpt.format.root import Entry
     from shardckpt.load.between import Exchange
-    from shardckpt.options import Every, Retention, Staging
+    from shardckpt.options import Auto, Every, Retention, Staging
     from shardckpt.storage.base import Storage
 
 DEFAULT_TIMEOUT_S: Final = 600.0
@@ -109,7 +110,7 @@ class CheckpointerCore:
         backend: Backend,
         coord: Coord,
         *,
-        save_every: Every | None,
+        save_every: Every | Auto | None,
         retention: Retention,
         config: Any,
         timeout_s: float,
@@ -207,8 +208,10 @@ class CheckpointerCore:
                 self._unrestored[-8:],
             )
             self._unrestored = []
-        self._schedule.saved()
-        return saver.save(step, state, figures)
+        self._schedule.saving()
+        handle = saver.save(step, state, figures, self._schedule.learned)
+        self._schedule.began(handle)
+        return handle
 
     def restore(
         self, state: Any, *, step: int | None = None, options: LoadOptions, fallback: bool
@@ -368,6 +371,7 @@ class CheckpointerCore:
         self._poison = None
         entry = self._entry(chosen.attempt)
         restored = restored_from(checkpoint, entry, filled, stats, self._environment, self._config)
+        self._schedule.recall(checkpoint.manifest.environment)
         if self._coord.rank == 0:
             _logger.info(
                 "step %d: restored in %.2f s, saved on %d ranks, now %d",
@@ -419,7 +423,8 @@ def restored_from(
     """Return the report of a restore."""
     manifest = checkpoint.manifest
     saved_config = msgspec.json.decode(manifest.config)
-    differences = list(describe_differences(manifest.environment, environment))
+    saved = {k: v for k, v in manifest.environment.items() if k not in LEARNED}
+    differences = list(describe_differences(saved, environment))
     if isinstance(saved_config, dict) and isinstance(config, dict):
         before = {f"config {k}": repr(v) for k, v in saved_config.items()}
         now = {f"config {k}": repr(v) for k, v in config.items()}

@@ -37,8 +37,44 @@ class Every:
         """
         if self.steps is None and self.s is None:
             raise ValueError("Every() needs steps= or s=")
-        if (self.steps is not None and self.steps < 1) or (self.s is not None and self.s <= 0):
+        if (self.steps is not None and self.steps < 1) or (self.s is not None and not self.s > 0):
             raise ValueError(f"Every(steps={self.steps}, s={self.s}): both must be positive")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Auto:
+    """When to save: as often as loses the least time, given what saves of this job cost.
+
+    The coordinator measures stalls, slower steps and the time until a save is durable, and chooses
+    the interval by Young's and Daly's formulas. It begins early, to measure, and follows when the
+    storage gets slower or faster. A program calls `should_save` at every step, or at every so many.
+
+    Attributes:
+        max_overhead: Most of the training's time that saves may cost, from 0 to 1.
+        mtbf_s: Mean seconds between failures of the whole job; None takes what is usual for so many
+            ranks (one failure in 5.8 years of an accelerator).
+        restart_s: Seconds from a failure to the first step again; only for the forecast that is
+            logged.
+    """
+
+    max_overhead: float = 0.01
+    mtbf_s: float | None = None
+    restart_s: float = 60.0
+
+    def __post_init__(self) -> None:
+        """Refuse bounds that nothing could keep.
+
+        Raises:
+            ValueError: A bound is not a number of its range.
+        """
+        if not 0 < self.max_overhead < 1:
+            raise ValueError(
+                f"Auto max_overhead is {self.max_overhead}; use a part of the time such as 0.01"
+            )
+        if self.mtbf_s is not None and not 0 < self.mtbf_s < float("inf"):
+            raise ValueError(f"Auto mtbf_s is {self.mtbf_s}; use seconds above 0, or None")
+        if not 0 <= self.restart_s < float("inf"):
+            raise ValueError(f"Auto restart_s is {self.restart_s}; use seconds from 0")
 
 
 @dataclass(frozen=True, slots=True)

@@ -84,6 +84,17 @@ def test_results_have_every_figure_and_the_report_shows_them(tmp_path: Path) -> 
         assert (results / picture).stat().st_size > 0
 
 
+def test_the_policy_is_judged_in_every_scenario(tmp_path: Path) -> None:
+    path = tmp_path / "policy.json"
+    result = result_of(run("policy", "--quick", "--json", str(path)), path)
+    assert len(result["figures"]) == len(result["series"]) == 6
+    for scenario in result["series"].values():
+        # Saving far too rarely loses more than the policy does, or nothing was simulated.
+        assert 0 < scenario["policy"] < scenario["lost"][-1] < 1
+    run("report", "--results", str(tmp_path))
+    assert "](policy.svg)" in (tmp_path / "README.md").read_text()
+
+
 @pytest.mark.slow
 @pytest.mark.multiproc
 @pytest.mark.timeout(300)

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import gc
+import logging
 import os
 import subprocess
 import sys
 import threading
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import pytest
@@ -490,3 +491,36 @@ def test_the_pure_path_writes_the_same_shard_bytes(tmp_path: Path) -> None:
 def test_options_that_make_no_sense_are_refused(options: dict[str, Any], complaint: str) -> None:
     with pytest.raises(ValueError, match=complaint):
         Staging(**options)
+
+
+@pytest.mark.parametrize("on_busy", ["wait", "skip"])
+def test_a_storage_slower_than_the_interval_is_said_once(
+    tmp_path: Path, on_busy: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.WARNING, "shardckpt")
+    gate = _Gate()
+    held = Fault(gate, op="link", path="*/step-*1.*/MANIFEST.json")
+    job = ThreadJob(
+        [_storage(tmp_path / "store", held), _storage(tmp_path / "store")],
+        JobOptions(on_busy=cast("Any", on_busy)),
+    )
+
+    def save_all(core: CheckpointerCore, rank: int) -> list[bool]:
+        handles = [core.save(1, _state(rank, 2))]
+        if rank == 0:
+            assert gate.reached.wait(_WAIT_S)
+        handles.append(core.save(2, _state(rank, 2)))
+        # With "wait" the third returns only when the first is committed.
+        opens = threading.Timer(0.2, gate.open.set)
+        opens.start()
+        handles += [core.save(step, _state(rank, 2)) for step in (3, 4)]
+        opens.join()
+        return [handle.wait() for handle in handles]
+
+    outcomes = raised(job.each(save_all))
+    assert outcomes[0] == outcomes[1]
+    assert outcomes[0][:2] == [True, True]
+    told = [r.getMessage() for r in caplog.records if "slower" in r.msg or "longer" in r.msg]
+    assert len(told) == 1, told
+    assert "the storage takes longer than the interval between saves" in told[0]
+    assert job.close() == [None] * 2

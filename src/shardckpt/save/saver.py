@@ -23,7 +23,7 @@ from array import array
 from collections import deque
 from concurrent.futures import Future
 from concurrent.futures import wait as wait_futures
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from queue import SimpleQueue
 from typing import TYPE_CHECKING, Any, Final, Literal
@@ -127,6 +127,7 @@ class _Job:
     objects: dict[str, msgspec.Raw]
     per_rank: dict[str, msgspec.Raw]
     metrics: dict[str, float]
+    remarks: dict[str, str]
     answer: Answer | None
     started: float
 
@@ -181,6 +182,7 @@ class Saver:
         self._pacer = Pacer(staging.max_inflation, staging.write_bytes_per_s)
         self._written = (time.monotonic(), 0)
         self._told_of_pins = False
+        self._told_of_slow_storage = False
         self._count = 0
         self._structure = ""
         self._known: StateTree | None = None
@@ -210,8 +212,16 @@ class Saver:
         """Whether arrays of some save are still to be copied."""
         return bool(self._staging)
 
-    def save(self, step: int, state: Any, metrics: Mapping[str, float]) -> SaveHandle:
+    def save(
+        self, step: int, state: Any, metrics: Mapping[str, float], remarks: Mapping[str, str]
+    ) -> SaveHandle:
         """Queue a save of `state`; returns once all is copied that no fence protects.
+
+        Args:
+            step: The step.
+            state: What to save.
+            metrics: Figures for keep-best.
+            remarks: Facts of this save beside those of the environment; the coordinator's count.
 
         Raises:
             ShardckptError: An earlier save failed (raised at the same call on every rank), or with
@@ -238,14 +248,16 @@ class Saver:
         if self._on_busy == "skip" and self._skips(round_):
             handle.staged.set_result(None)
             handle.committed.set_result(False)
-            _logger.log(self._level, "step %d: skipped, earlier saves are still under way", step)
+            self._tell_of_slow_storage(step, "skipped")
             return handle
+        if len(self._in_flight) >= _MAX_IN_FLIGHT and not self._in_flight[0].committed.done():
+            self._tell_of_slow_storage(step, "waits")
         while len(self._in_flight) >= _MAX_IN_FLIGHT:
             self._finish_first()
         handle.wait_s = time.monotonic() - started
         self._in_flight.append(handle)
         try:
-            job = self._stage(step, state, metrics, round_, handle, started)
+            job = self._stage(step, state, metrics, remarks, round_, handle, started)
         except Exception as error:
             self._give_up_early(round_, handle, error)
             return handle
@@ -372,6 +384,18 @@ class Saver:
                     left.append(job)
             self._staging = tuple(left)
 
+    def _tell_of_slow_storage(self, step: int, what: str) -> None:
+        """Warn once; later saves that find earlier ones under way are noted at the debug level."""
+        level = logging.DEBUG if self._told_of_slow_storage else self._level
+        if not self._told_of_slow_storage and self._is_coordinator:
+            level = logging.WARNING
+        self._told_of_slow_storage = True
+        _logger.log(
+            level, "step %d: %s, because earlier saves are still under way: the storage takes "
+            "longer than the interval between saves. Save less often, or let "
+            "save_every=Auto() choose. This is said once.", step, what,
+        )  # fmt: skip
+
     def _skips(self, round_: Round) -> bool:
         if self._is_coordinator:
             busy = self._is_busy()
@@ -394,6 +418,7 @@ class Saver:
         step: int,
         state: Any,
         metrics: Mapping[str, float],
+        remarks: Mapping[str, str],
         round_: Round,
         handle: SaveHandle,
         started: float,
@@ -438,7 +463,7 @@ class Saver:
             not is_new,
             {key: _raw(value) for key, value in tree.objects.items()},
             {key: _raw(value.value) for key, value in tree.per_rank.items()},
-            dict(metrics), answer, started,
+            dict(metrics), dict(remarks), answer, started,
         )  # fmt: skip
 
     def _give_up_early(self, round_: Round, handle: SaveHandle, error: Exception) -> None:
@@ -556,8 +581,10 @@ class Saver:
         job.round.publish(f"report/{job.round.rank}", report)
 
     def _commit(self, job: _Job, answer: Answer) -> Outcome:
+        facts = self._described.environment | job.remarks
         outcome, _ = commit_round(
-            job.round, self._catalog, self._writer, answer, self._planner, self._described,
+            job.round, self._catalog, self._writer, answer, self._planner,
+            replace(self._described, environment=facts),
             job.objects, job.metrics, self.ancestry, self._to_drop,
         )  # fmt: skip
         if outcome.committed:

@@ -19,7 +19,7 @@ from shardckpt.checkpointer import (
 )
 from shardckpt.load.loader import load_options
 from shardckpt.load.together import Together
-from shardckpt.options import Every, Retention, Staging
+from shardckpt.options import Auto, Every, Retention, Staging
 from shardckpt.provenance import environment_facts
 from shardckpt.save.saver import OnBusy, SaveHandle
 from shardckpt.storage.open import open_storage
@@ -53,7 +53,7 @@ class Checkpointer:
         self,
         url: str | os.PathLike[str] | Storage,
         *,
-        save_every: Every | None = None,
+        save_every: Every | Auto | None = None,
         retention: Retention | None = None,
         config: Any = None,
         timeout_s: float = DEFAULT_TIMEOUT_S,
@@ -65,7 +65,8 @@ class Checkpointer:
 
         Args:
             url: Directory of the store (made where absent), or a storage.
-            save_every: When `should_save` says yes; None never.
+            save_every: When `should_save` says yes: `Every(steps=, s=)`, or `Auto()`, which
+                measures and chooses; None never.
             retention: Which steps stay; the last 3 by default.
             config: Plain values (dict of hyperparameters) saved beside the state and compared at
                 restore.
