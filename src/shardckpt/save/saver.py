@@ -443,8 +443,7 @@ class Saver:
 
     def _give_up_early(self, round_: Round, handle: SaveHandle, error: Exception) -> None:
         """Fail a save that was never staged: tell the others, raise if there are none."""
-        if not isinstance(error, RoundFailedError):
-            round_.fail(error)
+        round_.fail(error, "answer")
         if self._is_coordinator:
             # Ranks that staged wait for an outcome, not for an error.
             kind, message = _kind_and_message(error)
@@ -476,9 +475,6 @@ class Saver:
     def _serve(self) -> None:
         while (job := self._jobs.get()) is not None:
             outcome = self._run(job)
-            if self._before is not None and self._is_coordinator:
-                self._before.forget()
-            self._before = job.round
             if outcome.kind == FencedError.__name__:
                 self._fenced = outcome.message
             if outcome.kind == TornCopyError.__name__:
@@ -491,6 +487,9 @@ class Saver:
                 if self._is_coordinator:
                     _logger.error("step %d was not saved: %s", job.handle.step, outcome.message)
                 job.handle.committed.set_exception(error_named(outcome.kind, outcome.message))
+            if self._before is not None:
+                self._before.forget()
+            self._before = job.round
             # After a failure, too: what it left may be what keeps the disk full.
             if self._fenced is None:
                 self._sweep()
@@ -572,8 +571,7 @@ class Saver:
     def _failed(self, job: _Job, attempt: str, error: Exception) -> Outcome:
         """Agree on a failure: the coordinator decides by the log; others are told, or ask it."""
         try:
-            if not isinstance(error, RoundFailedError):
-                job.round.fail(error)
+            job.round.fail(error, "answer")
             if not self._is_coordinator and not isinstance(error, DeadlineError):
                 return self._told(job)
         except DeadlineError as late:
