@@ -2,9 +2,8 @@
 
 Layer: save.
 
-1. `plan_round`: every rank has come (same step); a structure never seen is fetched once and all are
-   merged into a
-   plan; the answer names the attempt and the plan.
+1. `plan_round`: every rank has come (same step); a structure never seen is asked of one rank that
+   has it, and all are merged into a plan; the answer names the attempt and the plan.
 2. `commit_round`: a report from exactly ranks 0..N-1, structures as planned; manifest durable; then
    the root.
    Only the commit log says how it ended.
@@ -24,7 +23,7 @@ from shardckpt.errors import FencedError, OutcomeUnknownError, SaveFailedError, 
 from shardckpt.format.manifest import Files, Manifest, encode_manifest
 from shardckpt.format.root import FORMAT_VERSION, MANIFEST, Entry, Root
 from shardckpt.format.sealed import digest
-from shardckpt.save.messages import Answer, Hello, Outcome, Report
+from shardckpt.save.messages import Answer, Asked, Hello, Outcome, Report
 from shardckpt.save.plan import GlobalPlan, merge
 from shardckpt.save.structure import Structure
 
@@ -88,6 +87,11 @@ class Planner:
                 f"step {sorted(set(others.values()))[:8]}. {_HINT}"
             )
         digests = tuple(h.structure for h in hellos)
+        if any(h.is_new for h in hellos):
+            # The coordinator offers its own unasked.
+            known = {*self.structures, digests[0]}
+            first = {d: r for r, d in reversed([*enumerate(digests)]) if d not in known}
+            round_.publish("asked", Asked(sorted(first.values())))
         if digests != self.of_ranks:
             self._replan(digests)
         answer = Answer(step=step, attempt=attempt, plan=self.plan_digest, structure=digests[0])
@@ -112,7 +116,7 @@ class Planner:
         return self.plan
 
     def offer_structure(self, data: bytes, structure_digest: str) -> None:
-        """Publish this rank's structure under its digest; on any rank, once per structure."""
+        """Publish this rank's structure under its digest; on any rank that is asked for it."""
         self.coord.set(self._structure_key(structure_digest), data)
 
     def _replan(self, digests: tuple[str, ...]) -> None:

@@ -43,7 +43,7 @@ from shardckpt.errors import (
 )
 from shardckpt.format.sealed import digest
 from shardckpt.save.commit import Described, Planner, commit_round, outcome_of
-from shardckpt.save.messages import Answer, Decision, Hello, Outcome, Report
+from shardckpt.save.messages import Answer, Asked, Decision, Hello, Outcome, Report
 from shardckpt.save.plan import RankPlan, rank_plan
 from shardckpt.save.stage import CopyTable, Staged
 from shardckpt.save.structure import (
@@ -402,7 +402,8 @@ class Saver:
         plan, table, known = self._rank_plan, self._table, self._known
         data, structure = b"", self._structure
         if (
-            table is None
+            plan is None
+            or table is None
             or known is None
             or not has_structure_of(tree, known, table.changed(tree.leaves))
         ):
@@ -412,8 +413,10 @@ class Saver:
         if is_new:
             # Planning shares the planner with the saves under way.
             wait_futures([h.committed for h in self._in_flight if h is not handle])
-            self._planner.offer_structure(data, structure)
-            round_.publish(f"hello/{round_.rank}", Hello(step=step, structure=structure))
+            hello = Hello(step=step, structure=structure, is_new=True)
+            round_.publish(f"hello/{round_.rank}", hello)
+            if self._is_coordinator or self._is_asked(round_):
+                self._planner.offer_structure(data, structure)
             answer = self._answer(round_, step)
             plan = rank_plan(self._planner.fetch_plan(answer.plan), tree.leaves, round_.rank)
             # Before anything is kept: where there is no memory now, the next save asks again.
@@ -443,7 +446,7 @@ class Saver:
 
     def _give_up_early(self, round_: Round, handle: SaveHandle, error: Exception) -> None:
         """Fail a save that was never staged: tell the others, raise if there are none."""
-        round_.fail(error, "answer")
+        round_.fail(error, "asked", "answer")
         if self._is_coordinator:
             # Ranks that staged wait for an outcome, not for an error.
             kind, message = _kind_and_message(error)
@@ -457,6 +460,10 @@ class Saver:
         _logger.error(
             "step %d was not saved, which a later save() raises: %s", handle.step, failure
         )
+
+    def _is_asked(self, round_: Round) -> bool:
+        asked = round_.wait("asked", Asked, what="the coordinator's call of save()", grace=_GRACE)
+        return round_.rank in asked.ranks
 
     def _answer(self, round_: Round, step: int) -> Answer:
         if self._is_coordinator:
@@ -571,7 +578,7 @@ class Saver:
     def _failed(self, job: _Job, attempt: str, error: Exception) -> Outcome:
         """Agree on a failure: the coordinator decides by the log; others are told, or ask it."""
         try:
-            job.round.fail(error, "answer")
+            job.round.fail(error, "asked", "answer")
             if not self._is_coordinator and not isinstance(error, DeadlineError):
                 return self._told(job)
         except DeadlineError as late:
