@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from functools import cache, lru_cache
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 import msgspec
 
@@ -24,6 +24,9 @@ from shardckpt.geometry.box import Box
 from shardckpt.geometry.dtypes import ITEMSIZE_BYTES
 from shardckpt.geometry.layout import BoxLayout, Layout, MeshLayout
 from shardckpt.options import PER_RANK_RULES
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
 
 MAX_MANIFEST_BYTES: Final = 256 << 20
 MAX_RANKS: Final = 1 << 20
@@ -220,18 +223,33 @@ def layout_column(layout: Layout) -> MeshColumn | BoxColumn:
     return BoxColumn(boxes, [list(r) for r in layout.ranks])
 
 
+def mesh_layout(column: MeshColumn) -> MeshLayout:
+    """Return the layout of a manifest's form.
+
+    Raises:
+        ValueError: Its parts contradict each other.
+    """
+    pairs = _pairs(column.rank_runs)
+    ranks: Sequence[int] = range(*pairs[0]) if len(pairs) == 1 else ()
+    if len(pairs) != 1:
+        ranks = tuple(rank for start, stop in pairs for rank in range(start, stop))
+    return MeshLayout(tuple(column.shape), ranks, tuple(tuple(c) for c in column.cuts))
+
+
+def _pairs(runs: Sequence[int]) -> list[tuple[int, int]]:
+    return list(zip(runs[::2], runs[1::2], strict=True))
+
+
 def _layout(column: MeshColumn | BoxColumn, manifest: Manifest, layout_id: int) -> Layout:
     if isinstance(column, MeshColumn):
-        ranks = tuple(
-            rank
-            for start, stop in zip(column.rank_runs[::2], column.rank_runs[1::2], strict=True)
-            for rank in range(start, min(stop, start + MAX_RANKS))
-        )
-        if any(not 0 <= rank < manifest.world_size for rank in ranks):
+        runs = column.rank_runs
+        if any(not 0 <= a < b <= manifest.world_size for a, b in _pairs(runs)):
             raise ValueError(
                 f"layout {layout_id} names a rank outside the world of {manifest.world_size}"
             )
-        return MeshLayout(tuple(column.shape), ranks, tuple(tuple(c) for c in column.cuts))
+        if sum(b - a for a, b in _pairs(runs)) > MAX_RANKS:
+            raise ValueError(f"layout {layout_id} has more than {MAX_RANKS} places on its mesh")
+        return mesh_layout(column)
     users = [i for i, used in enumerate(manifest.layout_ids) if used == layout_id]
     num_dims = len(manifest.shapes[users[0]]) if users else 0
     if len(column.boxes) != 2 * num_dims * len(column.ranks):
@@ -248,7 +266,9 @@ def _layout(column: MeshColumn | BoxColumn, manifest: Manifest, layout_id: int) 
 
 
 @lru_cache(maxsize=64)
-def _runs_cached(ranks: tuple[int, ...]) -> tuple[int, ...]:
+def _runs_cached(ranks: Sequence[int]) -> tuple[int, ...]:
+    if isinstance(ranks, range) and ranks.step == 1:
+        return (ranks.start, ranks.stop) if ranks else ()
     runs: list[int] = []
     for rank in ranks:
         if runs and runs[-1] == rank:
@@ -258,7 +278,7 @@ def _runs_cached(ranks: tuple[int, ...]) -> tuple[int, ...]:
     return tuple(runs)
 
 
-def _runs(ranks: tuple[int, ...]) -> list[int]:
+def _runs(ranks: Sequence[int]) -> list[int]:
     return list(_runs_cached(ranks))
 
 
