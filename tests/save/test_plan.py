@@ -119,6 +119,19 @@ def test_copies_on_separate_submeshes_are_replicas() -> None:
     assert sum(p.nbytes for of_rank in payloads for p in of_rank) == value.nbytes
 
 
+def test_slices_of_a_mesh_are_joined_into_the_mesh() -> None:
+    """Norms of FSDP under tensor parallelism: two numbers for the ranks, however many there are."""
+    value = np.arange(40.0).reshape(10, 4)
+    trees = []
+    for rank in range(64):
+        layout = MeshLayout((8,), tuple(range(rank % 8, 64, 8)), ((0,),))
+        trees.append(ArrayBackend().describe({"w": shard_of(value, layout, rank)}))
+    plan = merge([structure_of(t) for t in trees], list(range(64)))
+    assert [column.rank_runs for column in plan.layouts] == [[0, 64]]
+    payloads = [rank_plan(plan, t.leaves, r).payloads for r, t in enumerate(trees)]
+    assert sum(p.nbytes for of_rank in payloads for p in of_rank) == value.nbytes
+
+
 def test_a_gap_between_irregular_boxes_is_named() -> None:
     value = np.zeros((4, 4))
     rows = MeshLayout((2,), (0, 1), ((0,),))

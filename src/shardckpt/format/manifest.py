@@ -8,6 +8,7 @@ of every shard's bytes.
 
 from __future__ import annotations
 
+import base64
 import math
 from dataclasses import dataclass
 from functools import cache, lru_cache
@@ -16,8 +17,8 @@ from typing import TYPE_CHECKING, Final
 import msgspec
 
 from shardckpt.errors import FormatError
-from shardckpt.format.root import FORMAT_VERSION, check_version
-from shardckpt.format.sealed import digest, seal, unseal
+from shardckpt.format.root import FORMAT_VERSION, PACKED_DIGESTS, check_version
+from shardckpt.format.sealed import DIGEST_BYTES, digest, seal, unseal
 from shardckpt.format.shard_file import MAX_DIMS
 from shardckpt.geometry.array_spec import ArraySpec
 from shardckpt.geometry.box import Box
@@ -32,6 +33,8 @@ MAX_MANIFEST_BYTES: Final = 256 << 20
 MAX_RANKS: Final = 1 << 20
 SPLIT: Final = -1
 _MAX_ELEMENTS: Final = 1 << 62
+_HEX: Final = 2 * DIGEST_BYTES
+_PACKED_FROM_FILES: Final = 1024
 
 
 class MeshColumn(msgspec.Struct, frozen=True, tag="mesh", tag_field="kind"):
@@ -57,7 +60,8 @@ class Files(msgspec.Struct, frozen=True, kw_only=True):
         sizes: Bytes of each file, rank by rank.
         table_offsets: Where each file's table starts.
         table_bytes: Bytes of each table.
-        digests: Hex digests of the tables, joined.
+        digests: Digests of the tables, joined: in hex, or base64 of their bytes where the manifest
+            has the feature `packed-digests`.
     """
 
     counts: list[int]
@@ -192,12 +196,15 @@ def tensors(manifest: Manifest, what: str = "manifest") -> dict[str, SavedTensor
 def file_records(manifest: Manifest) -> list[list[FileRecord]]:
     """Return the files of each rank."""
     files = manifest.files
+    digests = files.digests
+    if PACKED_DIGESTS in manifest.features:
+        digests = base64.b64decode(digests).hex()
     records: list[list[FileRecord]] = []
     index = 0
     for rank, count in enumerate(files.counts):
         of_rank: list[FileRecord] = []
         for number in range(count):
-            digest_hex = files.digests[32 * index : 32 * (index + 1)]
+            digest_hex = digests[_HEX * index : _HEX * (index + 1)]
             of_rank.append(
                 FileRecord(
                     rank,
@@ -211,6 +218,17 @@ def file_records(manifest: Manifest) -> list[list[FileRecord]]:
             index += 1
         records.append(of_rank)
     return records
+
+
+def joined_digests(digests: Sequence[str]) -> tuple[str, list[str]]:
+    """Return the digests of all files as the manifest holds them, and the features of that.
+
+    Those of a large job are packed: a third less of what is most of its manifest.
+    """
+    joined = "".join(digests)
+    if len(digests) < _PACKED_FROM_FILES:
+        return joined, []
+    return base64.b64encode(bytes.fromhex(joined)).decode(), [PACKED_DIGESTS]
 
 
 def layout_column(layout: Layout) -> MeshColumn | BoxColumn:
@@ -319,10 +337,21 @@ def _problem(manifest: Manifest) -> str | None:
         or any(
             len(column) != total for column in (files.sizes, files.table_offsets, files.table_bytes)
         )
-        or len(files.digests) != 32 * total
+        or _digests_length(manifest) != _HEX * total
     ):
         return "the file columns differ in length"
     return None
+
+
+def _digests_length(manifest: Manifest) -> int:
+    """Return how many hex digits the digests of all files have; -1 where they are no digests."""
+    digests = manifest.files.digests
+    if PACKED_DIGESTS not in manifest.features:
+        return len(digests)
+    try:
+        return 2 * len(base64.b64decode(digests, validate=True))
+    except ValueError:
+        return -1
 
 
 VERSION: Final = FORMAT_VERSION

@@ -20,7 +20,7 @@ import msgspec
 
 from shardckpt.coord.base import Coord, wait_for
 from shardckpt.errors import FencedError, OutcomeUnknownError, SaveFailedError, StorageError
-from shardckpt.format.manifest import Files, Manifest, encode_manifest
+from shardckpt.format.manifest import Files, Manifest, encode_manifest, joined_digests
 from shardckpt.format.root import FORMAT_VERSION, MANIFEST, Entry, Root
 from shardckpt.format.sealed import digest
 from shardckpt.save.messages import Answer, Asked, Hello, Outcome, Report
@@ -241,9 +241,10 @@ def _manifest(
     reports: Sequence[Report],
 ) -> Manifest:
     files = [f for report in reports for f in report.files]
+    digests, features = joined_digests([f.digest for f in files])
     return Manifest(
         format=FORMAT_VERSION,
-        features=[],
+        features=features,
         store_id=described.store_id,
         attempt=answer.attempt,
         step=answer.step,
@@ -264,7 +265,7 @@ def _manifest(
             sizes=[f.nbytes for f in files],
             table_offsets=[f.table_offset for f in files],
             table_bytes=[f.table_bytes for f in files],
-            digests="".join(f.digest for f in files),
+            digests=digests,
         ),
         config=described.config,
         environment=described.environment,
