@@ -9,12 +9,15 @@ under the very topic that they wait for.
 from __future__ import annotations
 
 import time
-from typing import Final, TypeVar
+from typing import TYPE_CHECKING, Final, TypeVar
 
 import msgspec
 
 from shardckpt.coord.base import AbortedWaitError, Coord, wait_for
 from shardckpt.errors import DeadlineError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 M = TypeVar("M", bound=msgspec.Struct)
 _FAILED: Final = b"!"  # No JSON begins with it.
@@ -44,7 +47,16 @@ class RoundFailedError(Exception):
 class Round:
     """The messages of one save or one restore."""
 
-    def __init__(self, coord: Coord, prefix: str, what: str, timeout_s: float) -> None:
+    def __init__(
+        self,
+        coord: Coord,
+        prefix: str,
+        what: str,
+        timeout_s: float,
+        *,
+        monotonic: Callable[[], float] = time.monotonic,
+        sleep: Callable[[float], None] = time.sleep,
+    ) -> None:
         """Name the round.
 
         Args:
@@ -52,8 +64,12 @@ class Round:
             prefix: Key prefix of this round, equal on all ranks.
             what: What the round is, for messages ("save 3 (step 40)").
             timeout_s: Seconds each wait may take.
+            monotonic: Clock.
+            sleep: Sleeper.
         """
         self._coord = coord
+        self._monotonic = monotonic
+        self._sleep = sleep
         self._prefix = prefix
         self.what = what
         self.timeout_s = timeout_s
@@ -120,6 +136,7 @@ class Round:
                 what=f"{what}, {self.what}",
                 timeout_s=self.timeout_s * grace,
                 abort_key=self._key("error") if heed_errors else None,
+                monotonic=self._monotonic,
             )
         except AbortedWaitError as aborted:
             raise RoundFailedError(msgspec.json.decode(aborted.value, type=Failure)) from None
@@ -141,7 +158,7 @@ class Round:
             RoundFailedError: A rank failed first.
         """
         decode = msgspec.json.Decoder(kind).decode
-        deadline = time.monotonic() + self.timeout_s
+        deadline = self._monotonic() + self.timeout_s
         messages: list[M] = []
         pause_s = _POLL_FIRST_S
         while len(messages) < self.world_size:
@@ -158,10 +175,10 @@ class Round:
             if error is not None:
                 self._topics.add("error")
                 raise RoundFailedError(msgspec.json.decode(error, type=Failure))
-            remaining_s = deadline - time.monotonic()
+            remaining_s = deadline - self._monotonic()
             if remaining_s <= 0:
                 raise self._absent(topic, what, hint)
-            time.sleep(min(pause_s, remaining_s))
+            self._sleep(min(pause_s, remaining_s))
             pause_s = min(pause_s * 1.5, _POLL_MOST_S)
         return messages
 
