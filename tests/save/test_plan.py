@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from shardckpt.errors import StateMismatchError
 from shardckpt.format.shard_file import CHUNK_BYTES
-from shardckpt.format.shares import replica_share
+from shardckpt.format.shares import replica_share, replicas_of
 from shardckpt.geometry.layout import MeshLayout
 from shardckpt.save.plan import merge, rank_plan
 from shardckpt.save.structure import structure_of
@@ -39,6 +39,19 @@ def test_shares_of_replicas_tile_the_shard(nbytes: int, replicas: int, owner: in
             assert start == position
             position = stop
     assert position == nbytes
+
+
+@given(st.integers(1, 10**7), st.integers(1, 300), st.integers(-1, 8), st.data())
+def test_replicas_that_hold_some_bytes_are_all_found(
+    nbytes: int, replicas: int, owner: int, data: st.DataObject
+) -> None:
+    first = data.draw(st.integers(0, nbytes - 1))
+    last = data.draw(st.integers(first + 1, nbytes))
+    shares = [replica_share(nbytes, replicas, owner, replica) for replica in range(replicas)]
+    holders = {r for r, (a, b) in enumerate(shares) if max(a, first) < min(b, last)}
+    found = replicas_of(nbytes, replicas, owner, first, last)
+    assert holders <= set(found)
+    assert len(found) <= len(holders) + 2 + replicas * CHUNK_BYTES // nbytes
 
 
 @settings(max_examples=40, deadline=None)

@@ -17,6 +17,7 @@ from functools import cached_property, lru_cache
 from typing import TYPE_CHECKING
 
 from shardckpt.geometry.box import Box, Shape
+from shardckpt.geometry.runs import element_strides
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -130,13 +131,12 @@ class MeshLayout:
         # A cut beyond the array's dims (a 0-dim array under a sharded layout) does not occur:
         # layouts
         # are made per array.
-        ranks: list[int] = []
-        for replica in itertools.product(*(range(self.mesh_shape[a]) for a in self.replica_axes)):
-            by_axis = {**fixed, **dict(zip(self.replica_axes, replica, strict=True))}
-            index = 0
-            for axis, size in enumerate(self.mesh_shape):
-                index = index * size + by_axis[axis]
-            ranks.append(self.ranks[index])
+        strides = element_strides(self.mesh_shape)
+        places = [sum(strides[axis] * position for axis, position in fixed.items())]
+        for axis in self.replica_axes:
+            steps = range(0, self.mesh_shape[axis] * strides[axis], strides[axis])
+            places = [place + step for place in places for step in steps]
+        ranks = [self.ranks[place] for place in places]
         return tuple(ranks) if self.has_distinct_ranks else tuple(dict.fromkeys(ranks))
 
 
