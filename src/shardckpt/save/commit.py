@@ -13,8 +13,9 @@ from __future__ import annotations
 
 import logging
 import time
+import zlib
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 import msgspec
 
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
     from shardckpt.coord.session import Round
 
 _logger = logging.getLogger(__name__)
+_PLAN_COMPRESSION: Final = 1
 _HINT = (
     "Every rank must call save() for the same steps; a call under `if rank == 0:` is the usual "
     "mistake."
@@ -111,7 +113,7 @@ class Planner:
                 what="the save plan",
                 timeout_s=self.timeout_s,
             )
-            self.plan = msgspec.json.decode(data, type=GlobalPlan)
+            self.plan = msgspec.json.decode(zlib.decompress(data), type=GlobalPlan)
             self.plan_digest = plan_digest
         return self.plan
 
@@ -133,7 +135,8 @@ class Planner:
         index = {d: i for i, d in enumerate(distinct)}
         started = time.monotonic()
         plan = merge([self.structures[d] for d in distinct], [index[d] for d in digests])
-        data = msgspec.json.encode(plan)
+        # Every rank fetches it from one store, and keys of layers are alike.
+        data = zlib.compress(msgspec.json.encode(plan), _PLAN_COMPRESSION)
         old = self.plan_digest
         self.plan, self.plan_digest, self.of_ranks = plan, digest(data), digests
         self.coord.set(self._plan_key(self.plan_digest), data)
