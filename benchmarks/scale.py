@@ -167,7 +167,7 @@ def measure_loads(report: Report, told: argparse.Namespace, place: Path) -> None
     The other world has the same kind of layout, or is FSDP. From JAX meshes that cut the other dim
     a thousand times, the latter needs a bit of very many shards: that is told, without a bound.
     """
-    from scale_layouts import JOBS
+    from scale_layouts import JOBS, on_fsdp
     from scale_ours import measure_load
 
     ranks = told.ranks[-1]
@@ -176,7 +176,8 @@ def measure_loads(report: Report, told: argparse.Namespace, place: Path) -> None
     for kind, make in JOBS.items():
         job = make(ranks, told.tensors)
         for other in dict.fromkeys((kind, "fsdp")):
-            target = JOBS[other](load_ranks, told.tensors)
+            same = make(load_ranks, told.tensors)
+            target = same if other == kind else on_fsdp(same, load_ranks)
             is_across = kind in ACROSS_DIMS and other == "fsdp"
             rounds = 1 if is_across else told.rounds
             case = measure_load(job, target, rounds, place / f"{kind}-{other}")

@@ -120,6 +120,13 @@ def boxes_of(job: Job, rank: int, layouts: dict[int, MeshLayout]) -> list[tuple[
     return found
 
 
+def on_fsdp(job: Job, world_size: int) -> Job:
+    """Return a job that holds the arrays of another one, all cut over all ranks."""
+    mesh = Mesh((world_size,), tuple(range(world_size)), ((0,),))
+    tensors = [Tensor(t.key, t.shape, mesh) for group in job.groups for t in group.tensors]
+    return _one_group("fsdp", world_size, sorted(tensors, key=lambda tensor: tensor.key))
+
+
 def fsdp(world_size: int, num_tensors: int) -> Job:
     """Return a dense model whose arrays are all cut over all ranks (FSDP2)."""
     mesh = Mesh((world_size,), tuple(range(world_size)), ((0,),))

@@ -192,7 +192,7 @@ def decode_crcs(table: Table, what: str) -> bytes:
         crcs = base64.b64decode(table.crcs, validate=True)
     except binascii.Error as error:
         raise CorruptCheckpointError(f"{what}: checksums: {error}") from error
-    expected = 4 * sum([-(-nbytes // CHUNK_BYTES) for nbytes in table.lengths])
+    expected = 4 * sum(-(-nbytes // CHUNK_BYTES) for nbytes in table.lengths)
     if len(crcs) != expected:
         raise CorruptCheckpointError(f"{what}: {len(crcs)} bytes of checksums, expected {expected}")
     return crcs
