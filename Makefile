@@ -36,7 +36,7 @@ test-all: setup
 	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python -m pytest -n 2 --dist loadfile -q
 
 bench: setup
-	for script in limits stall durable save_load many_small memory reshard jax_peers policy; do \
+	for script in limits stall durable save_load many_small memory reshard jax_peers policy scale many_ranks; do \
 	  $(BIN)/python benchmarks/$$script.py --json benchmarks/results/$$script.json || exit 1; \
 	done
 	$(BIN)/python benchmarks/report.py

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 ORDER: Final = (
     "limits", "stall", "durable", "save_load", "many_small", "memory", "reshard", "jax_peers",
     "policy",
+    "scale", "many_ranks",
 )  # fmt: skip
 SHARED_FACTS: Final = (
     "cpu", "cores", "memory_gib", "kernel", "python", "torch", "shardckpt", "native",
@@ -136,6 +137,10 @@ def _pictures(name: str, series: dict[str, Any], place: Path) -> list[str]:
         return [_memory(series, place)]
     if name == "policy":
         return [_policy(series, place)]
+    if name == "scale":
+        return [_growth(series, place)]
+    if name == "many_ranks":
+        return [_operations(series, place)]
     return []
 
 
@@ -231,6 +236,65 @@ def _policy(series: dict[str, Any], place: Path) -> str:
         axis.set_ylim(0, 4 * min(percent))
         axis.legend()
     return _write(figure, place, "policy.svg")
+
+
+def _growth(series: dict[str, Any], place: Path) -> str:
+    """Draw how times and sizes grow with the ranks, ours (every layout) against DCP's."""
+    figure, axes = _axes(1, 3, 3.5)
+    panels = (
+        ("A rank's own plan", "s", "first_plan_s", 1.0, "local_plan_s"),
+        ("Work of the coordinator", "s", "commit_s", 1.0, "global_plan_s"),
+        ("Manifest and metadata", "MB", "manifest_bytes", 1e-6, "metadata_bytes"),
+    )
+    for axis, (title, unit, own, factor, of_dcp) in zip(axes[0], panels, strict=True):
+        for number, points in enumerate(series["ours"].values()):
+            label = OURS if not number else None
+            _line(axis, points, own, factor, marker="o", color=COLORS[0], label=label)
+        if own == "commit_s":
+            for number, points in enumerate(series["ours"].values()):
+                label = f"{OURS}, new structure" if not number else None
+                _line(axis, points, "coordinator_first_s", factor, color=COLORS[1], label=label)
+        _line(axis, series["dcp"], of_dcp, factor, marker="s", color=COLORS[3], label="dcp")
+        axis.set(title=title, xlabel="ranks", ylabel=unit, xscale="log", yscale="log")
+        axis.legend()
+    return _write(figure, place, "scale.svg")
+
+
+def _line(axis: Axes, points: dict[str, Any], of: str, factor: float, **how: Any) -> None:
+    ranks = sorted(points, key=int)
+    axis.plot([int(n) for n in ranks], [factor * points[n][of] for n in ranks], **how)
+
+
+def _operations(series: dict[str, Any], place: Path) -> str:
+    """Draw what a save asks of the key-value store, and the processor time of a rank."""
+    figure, axes = _axes(1, 2, 3.5)
+    for (framework, points), color in zip(series.items(), COLORS, strict=False):
+        _line(
+            axes[0][0],
+            points,
+            "operations of a save",
+            1.0,
+            marker="o",
+            color=color,
+            label=framework,
+        )
+        for of, style in (("an ordinary rank", "-"), ("the coordinator", "--")):
+            _line(
+                axes[0][1],
+                points,
+                f"cpu_s of {of}",
+                1e3,
+                marker="o",
+                color=color,
+                linestyle=style,
+                label=f"{framework}, {of}",
+            )
+    axes[0][0].set(title="Calls of the key-value store by a save", ylabel="calls of all ranks")
+    axes[0][1].set(title="Processor time of a save", ylabel="ms")
+    for axis in axes[0]:
+        axis.set(xlabel="processes", xscale="log", yscale="log")
+        axis.legend()
+    return _write(figure, place, "many_ranks.svg")
 
 
 def _axes(rows: int, columns: int, height: float) -> tuple[Figure, list[list[Axes]]]:

@@ -334,7 +334,7 @@ class CheckpointerCore:
 
     def _forget_before(self, round_: Round) -> None:
         # All ranks came through this round, so nobody reads the one before any more.
-        if self._before is not None and self._coord.rank == 0:
+        if self._before is not None:
             self._before.forget()
         self._before = round_
 
@@ -352,7 +352,7 @@ class CheckpointerCore:
         except RoundFailedError as failed:
             raise error_named(failed.failure.kind, f"rank 0: {failed.failure.message}") from None
         except Exception as error:
-            round_.fail(error)
+            round_.fail(error, "opened")
             raise
         return opened
 
@@ -492,7 +492,7 @@ def _read(
         try:
             checkpoint = OpenCheckpoint(storage, chosen.attempt, chosen.manifest)
         except Exception as error:
-            round_.fail(error)
+            round_.fail(error, "checked")
             raise
         try:
             loaded = load_state(backend, state, checkpoint, round_, options, together)

@@ -108,3 +108,45 @@ def test_jax_beside_orbax_has_a_figure_for_every_claim(tmp_path: Path) -> None:
     figures = result_of(output, path)["figures"]
     for what in ("stall", "inflation", "save_speed", "restore_other_mesh", "memory", "small"):
         assert any(what in name and figure["must"] for name, figure in figures.items()), what
+
+
+@pytest.mark.timeout(120)
+def test_scale_judges_every_bound_and_its_model_tells_every_outcome(tmp_path: Path) -> None:
+    results = tmp_path / "results"
+    path = results / "scale.json"
+    output = run("scale", "--quick", "--directory", str(tmp_path), "--json", str(path))
+    result = result_of(output, path)
+    judged = {name for name, figure in result["figures"].items() if figure["must"]}
+    for what in (
+        "first_plan_of_a_rank_at", "steady_plan_of_a_rank_at", "commit_at_the_coordinator_at",
+        "manifest_at", "first_plan_of_a_rank_exponent", "commit_at_the_coordinator_exponent",
+        "load_plan_of_a_rank",
+    ):  # fmt: skip
+        assert any(name.startswith(what) for name in judged), what
+    assert result["series"]["dcp"]
+    for name, scenario in result["series"]["cluster"].items():
+        assert len(scenario["outcomes"]) == 1, "ranks disagree"
+        (words,) = scenario["outcomes"]
+        if "dies" in name:
+            assert words.startswith("DeadlineError")
+            assert "no report from rank" in words
+        elif "disk" in name:
+            assert "no space left on device" in words
+        else:
+            assert words in ("committed", "restored")
+    run("report", "--results", str(results))
+    assert (results / "scale.svg").stat().st_size > 0
+
+
+@pytest.mark.multiproc
+@pytest.mark.timeout(120)
+def test_many_ranks_counts_what_real_processes_ask_of_their_store(tmp_path: Path) -> None:
+    results = tmp_path / "results"
+    path = results / "many_ranks.json"
+    output = run("many_ranks", "--quick", "--directory", str(tmp_path), "--json", str(path))
+    result = result_of(output, path)
+    figure = result["figures"]["torch_operations_of_an_ordinary_rank_per_save"]
+    assert figure["ok"]
+    assert 4 <= figure["value"] <= 8
+    run("report", "--results", str(results))
+    assert (results / "many_ranks.svg").stat().st_size > 0

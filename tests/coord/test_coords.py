@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import threading
+import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING
@@ -12,8 +13,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from shardckpt.coord.base import AbortedWaitError, Coord, wait_for
+from shardckpt.coord.base import AbortedWaitError, Coord, ask_again, wait_for
 from shardckpt.coord.file import FileCoord, _safe_name
+from shardckpt.coord.session import Failure, Round, RoundFailedError
 from shardckpt.coord.single import SingleCoord
 from shardckpt.errors import DeadlineError, StorageError
 from shardckpt.storage.fileops import PosixFileOps
@@ -87,29 +89,97 @@ def test_ranks_racing_for_a_key_leave_one_whole_value(join: Join) -> None:
 
 def test_waiting_ends_with_the_value_the_abort_or_the_deadline(join: Join) -> None:
     coord = join(0)
-    clock = iter(range(1000))
-    waits: list[float] = []
 
-    def wait() -> bytes:
+    def wait(timeout_s: float) -> bytes:
         return wait_for(
             coord,
             "report/1",
             what="rank 1's report of step 7",
-            timeout_s=5,
+            timeout_s=timeout_s,
             abort_key="abort",
-            monotonic=lambda: float(next(clock)),
-            sleep=waits.append,
         )
 
-    with pytest.raises(DeadlineError, match="waited 5 s for rank 1's report of step 7"):
-        wait()
-    assert len(waits) == 4
+    with pytest.raises(DeadlineError, match=r"waited 0.1 s for rank 1's report of step 7"):
+        wait(0.1)
     coord.set("abort", b"rank 2 failed")
     with pytest.raises(AbortedWaitError) as caught:
-        wait()
+        wait(0.1)
     assert caught.value.value == b"rank 2 failed"
     coord.set("report/1", b"fine")
-    assert wait() == b"fine"
+    assert wait(5.0) == b"fine"
+
+
+def test_a_wait_ends_as_soon_as_another_rank_publishes(join: Join) -> None:
+    waiting, other = join(1), join(0)
+    assert waiting.wait("k", 0.01) is None
+    with ThreadPoolExecutor(1) as pool:
+        answer = pool.submit(waiting.wait, "k", 60.0)
+        other.set("k", b"now")
+        assert answer.result(30) == b"now"
+
+
+def test_several_keys_come_at_once_or_as_far_as_they_are_there(join: Join) -> None:
+    one, other = join(0), join(1)
+    one.set("a", b"1")
+    assert other.get_many(["a", "b"])[1] is None
+    one.set("b", b"2")
+    assert other.get_many(["a", "b"]) == [b"1", b"2"]
+    assert other.get_many([]) == []
+
+
+def test_asking_again_gets_rarer_up_to_a_bound() -> None:
+    clock = iter(range(1000))
+    pauses: list[float] = []
+    value = ask_again(
+        lambda _: None, "k", 30.0, monotonic=lambda: float(next(clock)), sleep=pauses.append
+    )
+    assert value is None
+    assert len(pauses) == 29
+    assert pauses == sorted(pauses)
+    assert pauses[-1] <= 0.02
+
+
+def test_the_coordinator_passes_a_failure_on_to_those_who_wait_for_its_word() -> None:
+    """Without it they would look for errors seldom, so as not to keep the store busy."""
+    hub = MemoryCoordHub(3)
+    rounds = [Round(hub.coord(rank), "job/save/0", "step 1", 60.0) for rank in range(3)]
+
+    def wait() -> Failure:
+        with pytest.raises(RoundFailedError) as caught:
+            rounds[2].wait("answer", Failure, what="the answer")
+        return caught.value.failure
+
+    with ThreadPoolExecutor(1) as pool:
+        started = time.monotonic()
+        told = pool.submit(wait)
+        rounds[1].fail(OSError("disk"), "answer")
+        with pytest.raises(RoundFailedError) as caught:
+            rounds[0].gather("hello", Failure, what="call")
+        rounds[0].fail(caught.value, "answer")
+        assert told.result(30) == Failure("OSError", 1, "disk")
+        assert time.monotonic() - started < 1.5
+    for round_ in rounds:
+        round_.forget()
+    assert not hub.values
+
+
+def test_a_rank_that_fails_is_heard_of_where_the_coordinator_is_gone() -> None:
+    hub = MemoryCoordHub(3)
+    Round(hub.coord(1), "r", "step 1", 60.0).fail(OSError("disk"))
+    with pytest.raises(RoundFailedError, match="disk"):
+        Round(hub.coord(2), "r", "step 1", 60.0).wait("answer", Failure, what="the answer")
+
+
+def test_messages_of_many_ranks_are_gathered_in_order() -> None:
+    hub = MemoryCoordHub(1000)
+    for rank in range(1000):
+        Round(hub.coord(rank), "r", "step 1", 5.0).publish(f"hello/{rank}", Failure("", rank, ""))
+    found = Round(hub.coord(0), "r", "step 1", 5.0).gather("hello", Failure, what="hello")
+    assert [failure.rank for failure in found] == list(range(1000))
+    hub.coord(0).delete("r/hello/300")
+    hub.coord(0).delete("r/hello/999")
+    with pytest.raises(DeadlineError, match=r"no hello from rank 300, 999 of 1000 within 0.1 s"):
+        Round(hub.coord(0), "r", "step 1", 0.1).gather("hello", Failure, what="hello")
 
 
 def test_a_world_of_one_needs_nothing_else() -> None:

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from shardckpt.errors import StateMismatchError
 from shardckpt.format.shard_file import CHUNK_BYTES
-from shardckpt.format.shares import replica_share
+from shardckpt.format.shares import replica_share, replicas_of
 from shardckpt.geometry.layout import MeshLayout
 from shardckpt.save.plan import merge, rank_plan
 from shardckpt.save.structure import structure_of
@@ -39,6 +39,19 @@ def test_shares_of_replicas_tile_the_shard(nbytes: int, replicas: int, owner: in
             assert start == position
             position = stop
     assert position == nbytes
+
+
+@given(st.integers(1, 10**7), st.integers(1, 300), st.integers(-1, 8), st.data())
+def test_replicas_that_hold_some_bytes_are_all_found(
+    nbytes: int, replicas: int, owner: int, data: st.DataObject
+) -> None:
+    first = data.draw(st.integers(0, nbytes - 1))
+    last = data.draw(st.integers(first + 1, nbytes))
+    shares = [replica_share(nbytes, replicas, owner, replica) for replica in range(replicas)]
+    holders = {r for r, (a, b) in enumerate(shares) if max(a, first) < min(b, last)}
+    found = replicas_of(nbytes, replicas, owner, first, last)
+    assert holders <= set(found)
+    assert len(found) <= len(holders) + 2 + replicas * CHUNK_BYTES // nbytes
 
 
 @settings(max_examples=40, deadline=None)
@@ -115,6 +128,19 @@ def test_copies_on_separate_submeshes_are_replicas() -> None:
         layout = MeshLayout((2,), (rank % 2, rank % 2 + 2), ((0,),))
         trees.append(ArrayBackend().describe({"w": shard_of(value, layout, rank)}))
     plan = merge([structure_of(t) for t in trees], [0, 1, 2, 3])
+    payloads = [rank_plan(plan, t.leaves, r).payloads for r, t in enumerate(trees)]
+    assert sum(p.nbytes for of_rank in payloads for p in of_rank) == value.nbytes
+
+
+def test_slices_of_a_mesh_are_joined_into_the_mesh() -> None:
+    """Norms of FSDP under tensor parallelism: two numbers for the ranks, however many there are."""
+    value = np.arange(40.0).reshape(10, 4)
+    trees = []
+    for rank in range(64):
+        layout = MeshLayout((8,), tuple(range(rank % 8, 64, 8)), ((0,),))
+        trees.append(ArrayBackend().describe({"w": shard_of(value, layout, rank)}))
+    plan = merge([structure_of(t) for t in trees], list(range(64)))
+    assert [column.rank_runs for column in plan.layouts] == [[0, 64]]
     payloads = [rank_plan(plan, t.leaves, r).payloads for r, t in enumerate(trees)]
     assert sum(p.nbytes for of_rank in payloads for p in of_rank) == value.nbytes
 

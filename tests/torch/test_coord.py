@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from typing import TYPE_CHECKING
 
@@ -115,6 +116,53 @@ def test_a_server_that_ended_is_reported_as_such(
     coord.close()
 
 
+def test_a_wait_is_one_request_that_keeps_no_other_call_waiting(
+    server: tuple[subprocess.Popen[str], int], capfd: pytest.CaptureFixture[str]
+) -> None:
+    _, port = server
+    one = C10dCoord(client(port), 0, 2, timeout_s=20)
+    two = C10dCoord(client(port), 1, 2, timeout_s=20)
+    assert two.wait("key", 0.05) is None
+    assert two.wait("other", 0.05) is None
+    assert two.get("absent") is None
+    value = os.urandom(PART_BYTES + 7)
+    with ThreadPoolExecutor(2) as pool:
+        answers = [pool.submit(two.wait, key, 60.0) for key in ("key", "other")]
+        one.set("other", b"2")
+        assert answers[1].result(30) == b"2"
+        one.set("key", value)
+        assert answers[0].result(30) == value
+    assert two.get_many(["key", "other", "absent"]) == [None] * 3
+    assert two.get_many(["key", "other"]) == [value, b"2"]
+    assert "timed out" not in capfd.readouterr().err, "the store's client warned"
+    one.close()
+    two.close()
+
+
+def test_more_waits_than_connections_are_kept_are_asked_for(
+    server: tuple[subprocess.Popen[str], int],
+) -> None:
+    _, port = server
+    coord = C10dCoord(client(port), 0, 2, timeout_s=20)
+    for number in range(8):
+        assert coord.wait(f"key{number}", 0.01) is None
+    for number in range(8):
+        coord.set(f"key{number}", b"value")
+        assert coord.wait(f"key{number}", 20.0) == b"value"
+    coord.close()
+
+
+def test_a_wait_ends_when_the_server_does(server: tuple[subprocess.Popen[str], int]) -> None:
+    process, port = server
+    coord = C10dCoord(client(port), 1, 2, timeout_s=5)
+    assert coord.wait("key", 0.05) is None
+    process.kill()
+    process.wait()
+    with pytest.raises(DeadlineError, match=r"rank 1: .*key-value store failed at 'wait key'"):
+        coord.wait("key", 20.0)
+    coord.close()
+
+
 def test_a_file_store_serves_as_well(tmp_path: Path) -> None:
     path = str(tmp_path / "store")
     one = C10dCoord(dist.FileStore(path, 2), 0, 2, timeout_s=20)
@@ -122,6 +170,9 @@ def test_a_file_store_serves_as_well(tmp_path: Path) -> None:
     assert two.get("key") is None
     one.set("key", b"\0\xff value")
     assert two.get("key") == b"\0\xff value"
+    assert two.wait("key", 20.0) == b"\0\xff value"
+    assert two.wait("absent", 0.05) is None
+    assert two.get_many(["key", "absent"]) == [b"\0\xff value", None]
     one.close()
     two.close()
 

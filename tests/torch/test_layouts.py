@@ -174,7 +174,7 @@ def special(context: RankContext, square: DeviceMesh) -> None:
     )
     (leaf,) = backend.describe({"t": on_sub}).leaves
     assert isinstance(leaf.layout, MeshLayout)
-    assert leaf.layout.ranks == (1, 2)
+    assert tuple(leaf.layout.ranks) == (1, 2)
     assert len(leaf.shards) == (context.rank in (1, 2))
     total = DTensor.from_local(torch.ones(2), square, [Partial(), Replicate()], run_check=False)
     with pytest.raises(UnsupportedStateError, match=r"t: .*not reduced"):

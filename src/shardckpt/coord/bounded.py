@@ -2,6 +2,7 @@
 
 Layer: coord. Clients hang where their server is gone, and ignore their own timeouts. So one helper
 thread makes the calls; it is left behind, with its connection, when it does not answer in time.
+Calls that wait in the store have helpers of their own.
 """
 
 from __future__ import annotations
@@ -63,11 +64,7 @@ class BoundedCalls:
             raise DeadlineError(self._silent(what))
         if task.error is not None:
             self._abandon(helper, counts=False)
-            raise DeadlineError(
-                f"rank {self._rank}: the job's key-value store failed at {what!r}: "
-                f"{task.error}. Its server is a "
-                "process of this job (rank 0 or the launcher): look whether it ended."
-            ) from task.error
+            raise DeadlineError(_failed(self._rank, what, task.error)) from task.error
         with self._lock:
             self._num_abandoned = 0
         return task.result
@@ -93,6 +90,80 @@ class BoundedCalls:
             f"{self._timeout_s:g} s; its "
             "server is a process of this job (rank 0 or the launcher): look whether it is alive"
         )
+
+
+@final
+class WaitingCalls:
+    """Makes calls that wait in the store, each on a connection that no other call needs meanwhile.
+
+    A wait cannot be taken back, so one whose caller looks elsewhere goes on until its caller comes
+    again. There are as many connections as waits have ever been under way at once: one, as a rule.
+    Thread-safe.
+    """
+
+    def __init__(self, connect: Callable[[], Any], rank: int) -> None:
+        """Connect at the first call.
+
+        Args:
+            connect: Returns a connection; called in the thread that uses it.
+            rank: This rank, for messages.
+        """
+        self._connect = connect
+        self._rank = rank
+        self._lock = threading.Lock()
+        self._idle: list[_Helper] = []
+        self._left: dict[str, tuple[_Helper, _Task[Any]]] = {}
+
+    def has_room(self, what: str) -> bool:
+        """Return whether few enough waits were left behind that this one may begin, or goes on."""
+        with self._lock:
+            return what in self._left or len(self._left) < _MAX_ABANDONED
+
+    def call(self, what: str, call: Callable[[Any], T], timeout_s: float) -> T | None:
+        """Return what `call` returns for a connection, or None while it waits; then ask again.
+
+        Args:
+            what: Name of the call; the same name again means the call that is under way.
+            call: Takes the connection.
+            timeout_s: Seconds until this returns.
+
+        Raises:
+            DeadlineError: The store failed.
+        """
+        with self._lock:
+            left = self._left.pop(what, None)
+            helper = left[0] if left else self._idle.pop() if self._idle else None
+        if helper is None:
+            helper = _Helper(self._connect)
+        task: _Task[T] = left[1] if left else _Task(call)
+        if left is None:
+            helper.put(task)
+        if not task.done.wait(timeout_s):
+            with self._lock:
+                self._left[what] = helper, task
+            return None
+        if task.error is not None:
+            helper.stop()
+            raise DeadlineError(_failed(self._rank, what, task.error)) from task.error
+        with self._lock:
+            self._idle.append(helper)
+        return task.result
+
+    def close(self) -> None:
+        """Let the helper threads end, each once its wait is over. Never raises."""
+        with self._lock:
+            helpers = [*self._idle, *(helper for helper, _ in self._left.values())]
+            self._idle.clear()
+            self._left.clear()
+        for helper in helpers:
+            helper.stop()
+
+
+def _failed(rank: int, what: str, error: Exception) -> str:
+    return (
+        f"rank {rank}: the job's key-value store failed at {what!r}: {error}. Its server is a "
+        "process of this job (rank 0 or the launcher): look whether it ended."
+    )
 
 
 class _Task(Generic[T]):

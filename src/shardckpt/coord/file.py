@@ -9,9 +9,13 @@ from __future__ import annotations
 import hashlib
 import logging
 import re
-from typing import Final, Protocol, final
+from typing import TYPE_CHECKING, Final, Protocol, final
 
+from shardckpt.coord.base import ask_again, get_in_order
 from shardckpt.errors import DeadlineError, StorageError
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
 
 _LOG: Final = logging.getLogger("shardckpt.coord")
 _MOST_VALUE_BYTES: Final = 64 << 20
@@ -104,6 +108,22 @@ class FileCoord:
             return self._storage.get(self._name(key), _MOST_VALUE_BYTES)
         except FileNotFoundError:
             return None
+
+    def get_many(self, keys: Sequence[str]) -> list[bytes | None]:
+        """Return the values of keys, None from the first absent one on.
+
+        Raises:
+            StorageError: The storage failed.
+        """
+        return get_in_order(self.get, keys)
+
+    def wait(self, key: str, timeout_s: float) -> bytes | None:
+        """Return the value once it is published, or None after `timeout_s`.
+
+        Raises:
+            StorageError: The storage failed.
+        """
+        return ask_again(self.get, key, timeout_s)
 
     def delete(self, key: str) -> None:
         """Forget a key; an absent key is fine. Best effort, never raises."""

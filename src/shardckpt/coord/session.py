@@ -1,20 +1,30 @@
 """One job's messages over the key-value store: typed, namespaced, with named waits.
 
 Layer: coord. Message `topic/rank` of round `n` lives under `<job>/<kind>/<n>/`. The first failure
-of any rank is published under `error` of its round and ends every wait of that round.
+of any rank is published under `error` of its round and ends every wait of that round: the
+coordinator, which gathers, looks there many times a second, and tells those who wait for its word
+under the very topic that they wait for.
 """
 
 from __future__ import annotations
 
 import time
-from typing import TypeVar
+from typing import TYPE_CHECKING, Final, TypeVar
 
 import msgspec
 
 from shardckpt.coord.base import AbortedWaitError, Coord, wait_for
 from shardckpt.errors import DeadlineError
 
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
 M = TypeVar("M", bound=msgspec.Struct)
+_FAILED: Final = b"!"  # No JSON begins with it.
+# Asked for at once: few requests for thousands of ranks, and none that a store could not answer.
+_GATHER: Final = 256
+_POLL_FIRST_S: Final = 0.0005
+_POLL_MOST_S: Final = 0.05
 
 
 class Failure(msgspec.Struct, frozen=True):
@@ -37,7 +47,16 @@ class RoundFailedError(Exception):
 class Round:
     """The messages of one save or one restore."""
 
-    def __init__(self, coord: Coord, prefix: str, what: str, timeout_s: float) -> None:
+    def __init__(
+        self,
+        coord: Coord,
+        prefix: str,
+        what: str,
+        timeout_s: float,
+        *,
+        monotonic: Callable[[], float] = time.monotonic,
+        sleep: Callable[[float], None] = time.sleep,
+    ) -> None:
         """Name the round.
 
         Args:
@@ -45,8 +64,12 @@ class Round:
             prefix: Key prefix of this round, equal on all ranks.
             what: What the round is, for messages ("save 3 (step 40)").
             timeout_s: Seconds each wait may take.
+            monotonic: Clock.
+            sleep: Sleeper.
         """
         self._coord = coord
+        self._monotonic = monotonic
+        self._sleep = sleep
         self._prefix = prefix
         self.what = what
         self.timeout_s = timeout_s
@@ -67,10 +90,22 @@ class Round:
         self._topics.add(topic)
         self._coord.set(self._key(topic), msgspec.json.encode(message))
 
-    def fail(self, error: BaseException) -> Failure:
-        """Publish this rank's first error, which ends every other rank's wait; returns it."""
-        failure = Failure(type(error).__name__, self.rank, str(error))
-        self.publish("error", failure)
+    def fail(self, error: BaseException, *topics: str) -> Failure:
+        """Publish this rank's first error, which ends every other rank's wait; return it.
+
+        Args:
+            error: The error; where it came from another rank, that one's failure is passed on.
+            topics: What the other ranks wait for, or will, from the coordinator.
+        """
+        if isinstance(error, RoundFailedError):
+            failure = error.failure
+        else:
+            failure = Failure(type(error).__name__, self.rank, str(error))
+            self.publish("error", failure)
+        for topic in topics:
+            if self.rank == 0 and topic not in self._topics:
+                self._topics.add(topic)
+                self._coord.set(self._key(topic), _FAILED + msgspec.json.encode(failure))
         return failure
 
     def has_failed(self) -> bool:
@@ -101,10 +136,12 @@ class Round:
                 what=f"{what}, {self.what}",
                 timeout_s=self.timeout_s * grace,
                 abort_key=self._key("error") if heed_errors else None,
+                monotonic=self._monotonic,
             )
         except AbortedWaitError as aborted:
             raise RoundFailedError(msgspec.json.decode(aborted.value, type=Failure)) from None
-        self._topics.add(topic)
+        if data[:1] == _FAILED:
+            raise RoundFailedError(msgspec.json.decode(data[1:], type=Failure))
         return msgspec.json.decode(data, type=kind)
 
     def gather(self, topic: str, kind: type[M], *, what: str, hint: str = "") -> list[M]:
@@ -120,37 +157,43 @@ class Round:
             DeadlineError: Some did not come; names all absent ranks.
             RoundFailedError: A rank failed first.
         """
+        decode = msgspec.json.Decoder(kind).decode
+        deadline = self._monotonic() + self.timeout_s
         messages: list[M] = []
-        deadline = time.monotonic() + self.timeout_s
-        for rank in range(self.world_size):
-            key = self._key(f"{topic}/{rank}")
-            try:
-                data = wait_for(
-                    self._coord,
-                    key,
-                    what=what,
-                    timeout_s=max(0.0, deadline - time.monotonic()),
-                    abort_key=self._key("error"),
-                )
-            except AbortedWaitError as aborted:
-                raise RoundFailedError(msgspec.json.decode(aborted.value, type=Failure)) from None
-            except DeadlineError:
-                absent = [
-                    r for r in range(rank, self.world_size) if self._get(f"{topic}/{r}") is None
-                ]
-                raise DeadlineError(
-                    f"{self.what}: no {what} from rank {_listed(absent)} of {self.world_size} "
-                    "within "
-                    f"{self.timeout_s:g} s. {hint}"
-                ) from None
-            self._topics.add(f"{topic}/{rank}")
-            messages.append(msgspec.json.decode(data, type=kind))
+        pause_s = _POLL_FIRST_S
+        while len(messages) < self.world_size:
+            first = len(messages)
+            ranks = range(first, min(first + _GATHER, self.world_size))
+            for data in self._coord.get_many([self._key(f"{topic}/{rank}") for rank in ranks]):
+                if data is None:
+                    break
+                messages.append(decode(data))
+            if len(messages) > first:
+                pause_s = _POLL_FIRST_S
+                continue
+            error = self._get("error")
+            if error is not None:
+                self._topics.add("error")
+                raise RoundFailedError(msgspec.json.decode(error, type=Failure))
+            remaining_s = deadline - self._monotonic()
+            if remaining_s <= 0:
+                raise self._absent(topic, what, hint)
+            self._sleep(min(pause_s, remaining_s))
+            pause_s = min(pause_s * 1.5, _POLL_MOST_S)
         return messages
 
     def forget(self) -> None:
-        """Delete every key this rank has seen or set in this round."""
+        """Delete every key that this rank has set in this round."""
         for topic in self._topics:
             self._coord.delete(self._key(topic))
+
+    def _absent(self, topic: str, what: str, hint: str) -> DeadlineError:
+        ranks = range(self.world_size)
+        absent = [rank for rank in ranks if self._get(f"{topic}/{rank}") is None]
+        return DeadlineError(
+            f"{self.what}: no {what} from rank {_listed(absent)} of {self.world_size} within "
+            f"{self.timeout_s:g} s. {hint}"
+        )
 
     def _get(self, topic: str) -> bytes | None:
         return self._coord.get(self._key(topic))

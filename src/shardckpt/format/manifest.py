@@ -8,16 +8,17 @@ of every shard's bytes.
 
 from __future__ import annotations
 
+import base64
 import math
 from dataclasses import dataclass
 from functools import cache, lru_cache
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 import msgspec
 
 from shardckpt.errors import FormatError
-from shardckpt.format.root import FORMAT_VERSION, check_version
-from shardckpt.format.sealed import digest, seal, unseal
+from shardckpt.format.root import FORMAT_VERSION, PACKED_DIGESTS, check_version
+from shardckpt.format.sealed import DIGEST_BYTES, digest, seal, unseal
 from shardckpt.format.shard_file import MAX_DIMS
 from shardckpt.geometry.array_spec import ArraySpec
 from shardckpt.geometry.box import Box
@@ -25,10 +26,15 @@ from shardckpt.geometry.dtypes import ITEMSIZE_BYTES
 from shardckpt.geometry.layout import BoxLayout, Layout, MeshLayout
 from shardckpt.options import PER_RANK_RULES
 
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
 MAX_MANIFEST_BYTES: Final = 256 << 20
 MAX_RANKS: Final = 1 << 20
 SPLIT: Final = -1
 _MAX_ELEMENTS: Final = 1 << 62
+_HEX: Final = 2 * DIGEST_BYTES
+_PACKED_FROM_FILES: Final = 1024
 
 
 class MeshColumn(msgspec.Struct, frozen=True, tag="mesh", tag_field="kind"):
@@ -54,7 +60,8 @@ class Files(msgspec.Struct, frozen=True, kw_only=True):
         sizes: Bytes of each file, rank by rank.
         table_offsets: Where each file's table starts.
         table_bytes: Bytes of each table.
-        digests: Hex digests of the tables, joined.
+        digests: Digests of the tables, joined: in hex, or base64 of their bytes where the manifest
+            has the feature `packed-digests`.
     """
 
     counts: list[int]
@@ -189,12 +196,15 @@ def tensors(manifest: Manifest, what: str = "manifest") -> dict[str, SavedTensor
 def file_records(manifest: Manifest) -> list[list[FileRecord]]:
     """Return the files of each rank."""
     files = manifest.files
+    digests = files.digests
+    if PACKED_DIGESTS in manifest.features:
+        digests = base64.b64decode(digests).hex()
     records: list[list[FileRecord]] = []
     index = 0
     for rank, count in enumerate(files.counts):
         of_rank: list[FileRecord] = []
         for number in range(count):
-            digest_hex = files.digests[32 * index : 32 * (index + 1)]
+            digest_hex = digests[_HEX * index : _HEX * (index + 1)]
             of_rank.append(
                 FileRecord(
                     rank,
@@ -210,6 +220,17 @@ def file_records(manifest: Manifest) -> list[list[FileRecord]]:
     return records
 
 
+def joined_digests(digests: Sequence[str]) -> tuple[str, list[str]]:
+    """Return the digests of all files as the manifest holds them, and the features of that.
+
+    Those of a large job are packed: a third less of what is most of its manifest.
+    """
+    joined = "".join(digests)
+    if len(digests) < _PACKED_FROM_FILES:
+        return joined, []
+    return base64.b64encode(bytes.fromhex(joined)).decode(), [PACKED_DIGESTS]
+
+
 def layout_column(layout: Layout) -> MeshColumn | BoxColumn:
     """Return the manifest's form of a layout."""
     if isinstance(layout, MeshLayout):
@@ -220,18 +241,33 @@ def layout_column(layout: Layout) -> MeshColumn | BoxColumn:
     return BoxColumn(boxes, [list(r) for r in layout.ranks])
 
 
+def mesh_layout(column: MeshColumn) -> MeshLayout:
+    """Return the layout of a manifest's form.
+
+    Raises:
+        ValueError: Its parts contradict each other.
+    """
+    pairs = _pairs(column.rank_runs)
+    ranks: Sequence[int] = range(*pairs[0]) if len(pairs) == 1 else ()
+    if len(pairs) != 1:
+        ranks = tuple(rank for start, stop in pairs for rank in range(start, stop))
+    return MeshLayout(tuple(column.shape), ranks, tuple(tuple(c) for c in column.cuts))
+
+
+def _pairs(runs: Sequence[int]) -> list[tuple[int, int]]:
+    return list(zip(runs[::2], runs[1::2], strict=True))
+
+
 def _layout(column: MeshColumn | BoxColumn, manifest: Manifest, layout_id: int) -> Layout:
     if isinstance(column, MeshColumn):
-        ranks = tuple(
-            rank
-            for start, stop in zip(column.rank_runs[::2], column.rank_runs[1::2], strict=True)
-            for rank in range(start, min(stop, start + MAX_RANKS))
-        )
-        if any(not 0 <= rank < manifest.world_size for rank in ranks):
+        runs = column.rank_runs
+        if any(not 0 <= a < b <= manifest.world_size for a, b in _pairs(runs)):
             raise ValueError(
                 f"layout {layout_id} names a rank outside the world of {manifest.world_size}"
             )
-        return MeshLayout(tuple(column.shape), ranks, tuple(tuple(c) for c in column.cuts))
+        if sum(b - a for a, b in _pairs(runs)) > MAX_RANKS:
+            raise ValueError(f"layout {layout_id} has more than {MAX_RANKS} places on its mesh")
+        return mesh_layout(column)
     users = [i for i, used in enumerate(manifest.layout_ids) if used == layout_id]
     num_dims = len(manifest.shapes[users[0]]) if users else 0
     if len(column.boxes) != 2 * num_dims * len(column.ranks):
@@ -248,7 +284,9 @@ def _layout(column: MeshColumn | BoxColumn, manifest: Manifest, layout_id: int) 
 
 
 @lru_cache(maxsize=64)
-def _runs_cached(ranks: tuple[int, ...]) -> tuple[int, ...]:
+def _runs_cached(ranks: Sequence[int]) -> tuple[int, ...]:
+    if isinstance(ranks, range) and ranks.step == 1:
+        return (ranks.start, ranks.stop) if ranks else ()
     runs: list[int] = []
     for rank in ranks:
         if runs and runs[-1] == rank:
@@ -258,7 +296,7 @@ def _runs_cached(ranks: tuple[int, ...]) -> tuple[int, ...]:
     return tuple(runs)
 
 
-def _runs(ranks: tuple[int, ...]) -> list[int]:
+def _runs(ranks: Sequence[int]) -> list[int]:
     return list(_runs_cached(ranks))
 
 
@@ -299,10 +337,21 @@ def _problem(manifest: Manifest) -> str | None:
         or any(
             len(column) != total for column in (files.sizes, files.table_offsets, files.table_bytes)
         )
-        or len(files.digests) != 32 * total
+        or _digests_length(manifest) != _HEX * total
     ):
         return "the file columns differ in length"
     return None
+
+
+def _digests_length(manifest: Manifest) -> int:
+    """Return how many hex digits the digests of all files have; -1 where they are no digests."""
+    digests = manifest.files.digests
+    if PACKED_DIGESTS not in manifest.features:
+        return len(digests)
+    try:
+        return 2 * len(base64.b64decode(digests, validate=True))
+    except ValueError:
+        return -1
 
 
 VERSION: Final = FORMAT_VERSION

@@ -15,7 +15,8 @@ from shardckpt.errors import FormatError, StorageError
 from shardckpt.format.sealed import digest, seal, unseal
 
 FORMAT_VERSION: Final = 1
-KNOWN_FEATURES: Final[frozenset[str]] = frozenset()
+PACKED_DIGESTS: Final = "packed-digests"
+KNOWN_FEATURES: Final = frozenset({PACKED_DIGESTS})
 MAX_ROOT_BYTES: Final = 1 << 20
 # What only a commit may not use: a takeover, a drop or an abort must fit behind the largest commit.
 _RESERVED_BYTES: Final = 1 << 16

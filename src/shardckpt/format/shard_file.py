@@ -192,7 +192,7 @@ def decode_crcs(table: Table, what: str) -> bytes:
         crcs = base64.b64decode(table.crcs, validate=True)
     except binascii.Error as error:
         raise CorruptCheckpointError(f"{what}: checksums: {error}") from error
-    expected = 4 * sum(payload_num_chunks(n) for n in table.lengths)
+    expected = 4 * sum(-(-nbytes // CHUNK_BYTES) for nbytes in table.lengths)
     if len(crcs) != expected:
         raise CorruptCheckpointError(f"{what}: {len(crcs)} bytes of checksums, expected {expected}")
     return crcs
@@ -205,11 +205,12 @@ def _check_columns(table: Table, what: str) -> None:
         len(table.keys) == len(table.dtypes) == len(table.shapes)
     ):
         raise CorruptCheckpointError(f"{what}: the table's columns differ in length")
-    if any(not 0 <= key_id < len(table.keys) for key_id in table.key_ids):
+    if payloads and not 0 <= min(table.key_ids) <= max(table.key_ids) < len(table.keys):
         raise CorruptCheckpointError(f"{what}: a payload belongs to no key of the table")
     if any(len(shape) > MAX_DIMS for shape in table.shapes):
         raise CorruptCheckpointError(f"{what}: an array has more than {MAX_DIMS} dims")
-    if len(table.boxes) != sum(2 * len(table.shapes[k]) for k in table.key_ids):
+    box_numbers = [2 * len(shape) for shape in table.shapes]
+    if len(table.boxes) != sum(map(box_numbers.__getitem__, table.key_ids)):
         raise CorruptCheckpointError(f"{what}: the table's boxes do not fit its payloads")
     numbers = (table.boxes, *columns, *table.shapes)
     if any(column and (min(column) < 0 or max(column) > _MAX_INT) for column in numbers):

@@ -9,6 +9,29 @@ from shardckpt.format.manifest import SPLIT
 from shardckpt.format.shard_file import CHUNK_BYTES
 
 
+def replicas_of(nbytes: int, num_replicas: int, owner: int, first: int, last: int) -> range:
+    """Return the replicas that write any of the bytes `[first, last)` of a shard, and few others.
+
+    Args:
+        nbytes: Bytes of the shard.
+        num_replicas: Equal copies of it.
+        owner: Replica that writes all of it, or -1 where every replica writes its share.
+        first: First byte asked for.
+        last: One past the last.
+
+    >>> replicas_of(200_000, 3, -1, 70_000, 80_000), replicas_of(200_000, 3, 1, 70_000, 80_000)
+    (range(1, 2), range(1, 2))
+    """
+    if owner != SPLIT:
+        return range(owner % num_replicas, owner % num_replicas + 1)
+    chunks = -(-nbytes // CHUNK_BYTES)
+    low, high = first // CHUNK_BYTES, -(-last // CHUNK_BYTES)
+    # Replica r begins with chunk r * chunks // num_replicas; these are the last that begins no
+    # later than `low`, and the first that begins no earlier than `high`.
+    begin = max(0, ((low + 1) * num_replicas - 1) // max(1, chunks))
+    return range(begin, min(num_replicas, -(-high * num_replicas // max(1, chunks))))
+
+
 def replica_share(nbytes: int, num_replicas: int, owner: int, replica: int) -> tuple[int, int]:
     """Return the bytes `[start, stop)` of a shard that one of its replicas writes.
 

@@ -17,9 +17,10 @@ from functools import cached_property, lru_cache
 from typing import TYPE_CHECKING
 
 from shardckpt.geometry.box import Box, Shape
+from shardckpt.geometry.runs import element_strides
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Sequence
 
 
 @dataclass(frozen=True)
@@ -29,21 +30,24 @@ class MeshLayout:
     Attributes:
         mesh_shape: Ranks along each axis.
         ranks: Global rank at each mesh coordinate, row-major; `len == prod(mesh_shape)`. A rank may
-            stand at several.
+            stand at several. Always a `range` where the ranks are evenly spaced and ascending, so
+            that most meshes cost the same however large they are; else a tuple.
         cuts: For each array dim the mesh axes that cut it, in the order in which they cut. Dims at
             the end that nothing cuts may be left out.
     """
 
     mesh_shape: Shape
-    ranks: tuple[int, ...]
+    ranks: Sequence[int]
     cuts: tuple[tuple[int, ...], ...]
 
     def __post_init__(self) -> None:
-        """Refuse a mesh whose parts contradict each other.
+        """Bring the ranks into their one form, and refuse parts that contradict each other.
 
         Raises:
             ValueError: Wrong number of ranks, an unknown axis or an axis used twice.
         """
+        if not isinstance(self.ranks, range):
+            object.__setattr__(self, "ranks", _as_range(tuple(self.ranks)))
         axes = [axis for cut in self.cuts for axis in cut]
         if len(self.ranks) != math.prod(self.mesh_shape):
             raise ValueError(
@@ -68,7 +72,7 @@ class MeshLayout:
     @cached_property
     def has_distinct_ranks(self) -> bool:
         """Whether every rank stands at one coordinate only."""
-        return len(self._index_of_rank) == len(self.ranks)
+        return isinstance(self.ranks, range) or len(self._index_of_rank) == len(self.ranks)
 
     @cached_property
     def _index_of_rank(self) -> dict[int, int]:
@@ -76,7 +80,10 @@ class MeshLayout:
 
     def coordinate(self, rank: int) -> Shape | None:
         """Return the mesh coordinate of a rank that stands once on the mesh; None where nowhere."""
-        index = self._index_of_rank.get(rank)
+        if not isinstance(self.ranks, range):
+            index = self._index_of_rank.get(rank)
+        else:
+            index = self.ranks.index(rank) if rank in self.ranks else None
         return None if index is None else _unravel(index, self.mesh_shape)
 
     def replica_index(self, coordinate: Shape) -> int:
@@ -124,17 +131,29 @@ class MeshLayout:
         # A cut beyond the array's dims (a 0-dim array under a sharded layout) does not occur:
         # layouts
         # are made per array.
-        ranks: list[int] = []
-        for replica in itertools.product(*(range(self.mesh_shape[a]) for a in self.replica_axes)):
-            by_axis = {**fixed, **dict(zip(self.replica_axes, replica, strict=True))}
-            index = 0
-            for axis, size in enumerate(self.mesh_shape):
-                index = index * size + by_axis[axis]
-            ranks.append(self.ranks[index])
+        strides = element_strides(self.mesh_shape)
+        places = [sum(strides[axis] * position for axis, position in fixed.items())]
+        for axis in self.replica_axes:
+            steps = range(0, self.mesh_shape[axis] * strides[axis], strides[axis])
+            places = [place + step for place in places for step in steps]
+        ranks = [self.ranks[place] for place in places]
         return tuple(ranks) if self.has_distinct_ranks else tuple(dict.fromkeys(ranks))
 
 
-def replicated(ranks: tuple[int, ...]) -> MeshLayout:
+def _as_range(ranks: tuple[int, ...]) -> Sequence[int]:
+    """Return the range that has these ranks, or the ranks.
+
+    >>> _as_range((1, 3, 5)), _as_range((4,)), _as_range((1, 1)), _as_range((0, 2, 3))
+    (range(1, 7, 2), range(4, 5), (1, 1), (0, 2, 3))
+    """
+    step = ranks[1] - ranks[0] if len(ranks) > 1 else 1
+    if not ranks or step < 1:
+        return ranks
+    found = range(ranks[0], ranks[0] + step * len(ranks), step)
+    return found if found[-1] == ranks[-1] and tuple(found) == ranks else ranks
+
+
+def replicated(ranks: Sequence[int]) -> MeshLayout:
     """Return the layout of a plain array of which every rank in `ranks` holds a whole copy."""
     return MeshLayout((len(ranks),), ranks, ())
 

@@ -7,21 +7,24 @@ store is gone, so such a loss is recovered by the next start, not by an error.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, TypeVar, final
+from typing import TYPE_CHECKING, Any, Final, TypeVar, final
 
 import jax
 
-from shardckpt.coord.bounded import BoundedCalls
+from shardckpt.coord.base import ask_again, get_in_order
+from shardckpt.coord.bounded import BoundedCalls, WaitingCalls
 from shardckpt.coord.single import SingleCoord
 from shardckpt.errors import DeadlineError
 from shardckpt.jax import private
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
     from shardckpt.coord.base import Coord
 
 T = TypeVar("T")
+# Longer than anybody waits, so that no wait is ever begun twice.
+_WAITS_PER_TIMEOUT: Final = 3
 
 
 def default_coord(timeout_s: float) -> Coord:
@@ -67,6 +70,8 @@ class JaxCoord:
         self._rank = rank
         self._world_size = world_size
         self._calls = BoundedCalls(lambda: client, rank, timeout_s)
+        self._waiting = WaitingCalls(lambda: client, rank)
+        self._most_wait_ms = int(1000 * _WAITS_PER_TIMEOUT * timeout_s)
 
     @property
     def rank(self) -> int:
@@ -96,6 +101,32 @@ class JaxCoord:
         name = _name(key)
         return self._call(f"get {key}", lambda client: _get(client, name))
 
+    def get_many(self, keys: Sequence[str]) -> list[bytes | None]:
+        """Return the values of keys, None from the first absent one on.
+
+        Raises:
+            DeadlineError: The store did not answer in time.
+        """
+        names = [_name(key) for key in keys]
+        return self._call(
+            f"get {len(names)} keys",
+            lambda client: get_in_order(lambda name: _get(client, name), names),
+        )
+
+    def wait(self, key: str, timeout_s: float) -> bytes | None:
+        """Return the value once it is published, or None after `timeout_s`.
+
+        Raises:
+            DeadlineError: The store failed.
+        """
+        what, name = f"wait {key}", _name(key)
+        if not self._waiting.has_room(what):
+            return ask_again(self.get, key, timeout_s)
+        most_ms = self._most_wait_ms
+        return self._waiting.call(
+            what, lambda client: client.blocking_key_value_get_bytes(name, most_ms), timeout_s
+        )
+
     def delete(self, key: str) -> None:
         """Forget a key; an absent key is fine. Best effort, never raises."""
         name = _name(key)
@@ -105,8 +136,9 @@ class JaxCoord:
             return
 
     def close(self) -> None:
-        """Let the helper thread end. Never raises."""
+        """Let the helper threads end. Never raises."""
         self._calls.close()
+        self._waiting.close()
 
     def _call(self, what: str, call: Callable[[Any], T]) -> T:
         return self._calls.call(what, call)

@@ -62,7 +62,7 @@ def agree_on_step(
     except RoundFailedError as failed:
         raise error_named(failed.failure.kind, f"rank 0: {failed.failure.message}") from None
     except Exception as error:
-        round_.fail(error)
+        round_.fail(error, "chosen")
         raise
     return chosen, lease
 

@@ -172,7 +172,7 @@ def load_state(
         filling = _Filling(backend, targets, saved, checkpoint, options, mapped)
         meeting = Meeting(filling.plan, round_.rank, together)
     except Exception as error:
-        round_.fail(error)
+        round_.fail(error, "checked")
         raise
     try:
         _meet(meeting, round_)
@@ -193,7 +193,7 @@ def load_state(
             filling.place()
             restored = backend.finish(targets, saved)
         except Exception as error:
-            round_.fail(error)
+            round_.fail(error, "placed")
             raise
         _agree(round_, "placed", Ok(), _all_ok, Ok)
     return restored, stats
@@ -223,9 +223,10 @@ def _read(meeting: Meeting, plan: LoadPlan, round_: Round) -> LoadStats:
         failure = round_.wait(
             "error", Failure, what="the error of the rank that failed", heed_errors=False
         )
+        round_.fail(RoundFailedError(failure), "read")
         raise _from_rank(failure) from None
     except Exception as error:
-        round_.fail(error)
+        round_.fail(error, "read")
         raise
     told = _agree(round_, "read", HaveRead(read_bytes), _summed, HaveRead)
     return LoadStats(read_bytes, plan.needed_bytes, told.read_bytes)
@@ -400,11 +401,12 @@ def _agree(round_: Round, phase: str, mine: M, merge: Callable[[list[M]], R], ki
         merged = merge(told)
         round_.publish(phase, merged)
     except RoundFailedError as failed:
+        round_.fail(failed, phase)
         raise _from_rank(failed.failure) from None
     except DeadlineError as late:
         if round_.rank == 0:
             # Only the coordinator knows who is missing; without this the others could not say it.
-            round_.fail(late)
+            round_.fail(late, phase)
         raise
     return merged
 

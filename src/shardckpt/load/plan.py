@@ -17,7 +17,7 @@ import msgspec
 from shardckpt.errors import CorruptCheckpointError
 from shardckpt.format.manifest import SavedTensor
 from shardckpt.format.shard_file import CHUNK_BYTES
-from shardckpt.format.shares import replica_share
+from shardckpt.format.shares import replica_share, replicas_of
 from shardckpt.geometry.box import Box
 from shardckpt.geometry.flat import ranges_to_boxes
 from shardckpt.geometry.runs import element_runs, element_strides, inner_run, single_run
@@ -186,11 +186,11 @@ def _shares(want: Wanted, item: int) -> Iterator[_Share]:
         run = single_run(inner, shard.shape)
         target_run = single_run(common.relative_to(want.box), want.box.shape)
         nbytes = shard.num_elements * item
-        for replica, rank in enumerate(ranks):
+        for replica in replicas_of(nbytes, len(ranks), tensor.owner, first, last):
             start, stop = replica_share(nbytes, len(ranks), tensor.owner, replica)
             if max(start, first) < min(stop, last):
                 yield _Share(
-                    shard, rank, start, stop, inner,
+                    shard, ranks[replica], start, stop, inner,
                     None if run is None else (run[0] * item, run[1] * item),
                     None if run is None or target_run is None else target_run[0] * item,
                 )  # fmt: skip

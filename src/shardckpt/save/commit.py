@@ -2,9 +2,8 @@
 
 Layer: save.
 
-1. `plan_round`: every rank has come (same step); a structure never seen is fetched once and all are
-   merged into a
-   plan; the answer names the attempt and the plan.
+1. `plan_round`: every rank has come (same step); a structure never seen is asked of one rank that
+   has it, and all are merged into a plan; the answer names the attempt and the plan.
 2. `commit_round`: a report from exactly ranks 0..N-1, structures as planned; manifest durable; then
    the root.
    Only the commit log says how it ended.
@@ -14,17 +13,18 @@ from __future__ import annotations
 
 import logging
 import time
+import zlib
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 import msgspec
 
 from shardckpt.coord.base import Coord, wait_for
 from shardckpt.errors import FencedError, OutcomeUnknownError, SaveFailedError, StorageError
-from shardckpt.format.manifest import Files, Manifest, encode_manifest
+from shardckpt.format.manifest import Files, Manifest, encode_manifest, joined_digests
 from shardckpt.format.root import FORMAT_VERSION, MANIFEST, Entry, Root
 from shardckpt.format.sealed import digest
-from shardckpt.save.messages import Answer, Hello, Outcome, Report
+from shardckpt.save.messages import Answer, Asked, Hello, Outcome, Report
 from shardckpt.save.plan import GlobalPlan, merge
 from shardckpt.save.structure import Structure
 
@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from shardckpt.coord.session import Round
 
 _logger = logging.getLogger(__name__)
+_PLAN_COMPRESSION: Final = 1
 _HINT = (
     "Every rank must call save() for the same steps; a call under `if rank == 0:` is the usual "
     "mistake."
@@ -88,6 +89,11 @@ class Planner:
                 f"step {sorted(set(others.values()))[:8]}. {_HINT}"
             )
         digests = tuple(h.structure for h in hellos)
+        if any(h.is_new for h in hellos):
+            # The coordinator offers its own unasked.
+            known = {*self.structures, digests[0]}
+            first = {d: r for r, d in reversed([*enumerate(digests)]) if d not in known}
+            round_.publish("asked", Asked(sorted(first.values())))
         if digests != self.of_ranks:
             self._replan(digests)
         answer = Answer(step=step, attempt=attempt, plan=self.plan_digest, structure=digests[0])
@@ -107,12 +113,12 @@ class Planner:
                 what="the save plan",
                 timeout_s=self.timeout_s,
             )
-            self.plan = msgspec.json.decode(data, type=GlobalPlan)
+            self.plan = msgspec.json.decode(zlib.decompress(data), type=GlobalPlan)
             self.plan_digest = plan_digest
         return self.plan
 
     def offer_structure(self, data: bytes, structure_digest: str) -> None:
-        """Publish this rank's structure under its digest; on any rank, once per structure."""
+        """Publish this rank's structure under its digest; on any rank that is asked for it."""
         self.coord.set(self._structure_key(structure_digest), data)
 
     def _replan(self, digests: tuple[str, ...]) -> None:
@@ -129,7 +135,8 @@ class Planner:
         index = {d: i for i, d in enumerate(distinct)}
         started = time.monotonic()
         plan = merge([self.structures[d] for d in distinct], [index[d] for d in digests])
-        data = msgspec.json.encode(plan)
+        # Every rank fetches it from one store, and keys of layers are alike.
+        data = zlib.compress(msgspec.json.encode(plan), _PLAN_COMPRESSION)
         old = self.plan_digest
         self.plan, self.plan_digest, self.of_ranks = plan, digest(data), digests
         self.coord.set(self._plan_key(self.plan_digest), data)
@@ -237,9 +244,10 @@ def _manifest(
     reports: Sequence[Report],
 ) -> Manifest:
     files = [f for report in reports for f in report.files]
+    digests, features = joined_digests([f.digest for f in files])
     return Manifest(
         format=FORMAT_VERSION,
-        features=[],
+        features=features,
         store_id=described.store_id,
         attempt=answer.attempt,
         step=answer.step,
@@ -260,7 +268,7 @@ def _manifest(
             sizes=[f.nbytes for f in files],
             table_offsets=[f.table_offset for f in files],
             table_bytes=[f.table_bytes for f in files],
-            digests="".join(f.digest for f in files),
+            digests=digests,
         ),
         config=described.config,
         environment=described.environment,

@@ -11,10 +11,23 @@ from shardckpt.save.write import FileReport
 
 
 class Hello(msgspec.Struct, frozen=True, kw_only=True):
-    """A rank has come to this save: its step and the digest of its structure."""
+    """A rank has come to this save.
+
+    Attributes:
+        step: Its step.
+        structure: Digest of its structure.
+        is_new: Whether it has no plan for that, and waits for `Asked`.
+    """
 
     step: int
     structure: str
+    is_new: bool = False
+
+
+class Asked(msgspec.Struct, frozen=True):
+    """Ranks whose structure the coordinator has not seen; of equal ones the lowest rank's."""
+
+    ranks: list[int]
 
 
 class Answer(msgspec.Struct, frozen=True, kw_only=True):

@@ -7,12 +7,13 @@ them is new; every rank then derives its own payloads and file offsets from it a
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import chain
 from typing import TYPE_CHECKING, Final
 
 import msgspec
 
 from shardckpt.errors import StateMismatchError
-from shardckpt.format.manifest import BoxColumn, MeshColumn, layout_column
+from shardckpt.format.manifest import BoxColumn, MeshColumn, layout_column, mesh_layout
 from shardckpt.format.shard_file import (
     ALIGNED_FROM_BYTES,
     CHUNK_BYTES,
@@ -107,13 +108,13 @@ def merge(structures: Sequence[Structure], class_of_rank: Sequence[int]) -> Glob
     specs: dict[str, tuple[ArraySpec, str, int]] = {}
     layouts: dict[str, Layout] = {}
     meshes: dict[str, list[MeshLayout]] = {}
-    holders: dict[str, list[int]] = {}
+    holders: dict[str, list[int]] = {}  # Of whole copies, as indexes of structures.
     boxes: dict[str, dict[Box, list[int]]] = {}
     aliases: dict[str, str] = {}
     per_rank: dict[str, str] = {}
     for index, structure in enumerate(structures):
         ranks = ranks_of_class[index]
-        mesh_layouts = [_mesh_layout(c) for c in structure.layouts]
+        mesh_layouts = [mesh_layout(c) for c in structure.layouts if isinstance(c, MeshColumn)]
         aliases.update(structure.aliases)
         per_rank.update(structure.per_rank)
         columns = zip(
@@ -130,15 +131,20 @@ def merge(structures: Sequence[Structure], class_of_rank: Sequence[int]) -> Glob
                     + ("" if known[2] == kind else " with another kind of layout")
                 )
             elif layout_id == WHOLE:
-                holders.setdefault(key, []).extend(ranks)
+                holders.setdefault(key, []).append(index)
             elif layout_id == BOXES:
                 of_key = boxes.setdefault(key, {})
                 for box in _boxes(structure.boxes[key], len(shape)):
                     of_key.setdefault(box, []).extend(ranks)
             elif mesh_layouts[layout_id] not in meshes.setdefault(key, []):
                 meshes[key].append(mesh_layouts[layout_id])
+    # Many arrays lie alike; what costs as much as there are ranks is done once for all of them.
+    joined: dict[tuple[MeshLayout, ...], MeshLayout | None] = {}
     for key, found in meshes.items():
-        layout = _joined(found)
+        of_meshes = tuple(found)
+        if of_meshes not in joined:
+            joined[of_meshes] = _joined(of_meshes)
+        layout = joined[of_meshes]
         if layout is None:
             problems.append(
                 f"key {key!r}: ranks hold it under different placements, on meshes "
@@ -154,9 +160,11 @@ def merge(structures: Sequence[Structure], class_of_rank: Sequence[int]) -> Glob
     if problems:
         raise _disagreement(problems)
     shared: dict[tuple[int, ...], MeshLayout] = {}
-    for key, ranks in holders.items():
-        group = tuple(sorted(ranks))
-        layouts[key] = shared.setdefault(group, replicated(group))
+    for key, indexes in holders.items():
+        group = tuple(indexes)
+        if group not in shared:
+            shared[group] = replicated(sorted(r for i in group for r in ranks_of_class[i]))
+        layouts[key] = shared[group]
     return _columns(specs, layouts, aliases, per_rank)
 
 
@@ -164,7 +172,8 @@ def _joined(meshes: Sequence[MeshLayout]) -> MeshLayout | None:
     """Return one layout for equal copies on separate meshes; None where they do not fit together.
 
     A parameter that only the data-parallel axis cuts lives on one submesh per tensor-parallel
-    rank: each submesh holds a whole copy, so the submeshes are one more axis of replicas.
+    rank: each submesh holds a whole copy, so the submeshes are one more axis of replicas. It is
+    the last one where the ranks then ascend evenly, as those of a mesh that was sliced do.
     """
     first = meshes[0]
     if len(meshes) == 1:
@@ -174,6 +183,11 @@ def _joined(meshes: Sequence[MeshLayout]) -> MeshLayout | None:
         (mesh.mesh_shape, mesh.cuts) != (first.mesh_shape, first.cuts) for mesh in meshes
     ):
         return None
+    ordered = sorted(meshes, key=lambda mesh: mesh.ranks[0])
+    interleaved = tuple(chain.from_iterable(zip(*(m.ranks for m in ordered), strict=True)))
+    last = MeshLayout((*first.mesh_shape, len(meshes)), interleaved, first.cuts)
+    if isinstance(last.ranks, range):
+        return last
     cuts = tuple(tuple(axis + 1 for axis in cut) for cut in first.cuts)
     return MeshLayout((len(meshes), *first.mesh_shape), ranks, cuts)
 
@@ -192,7 +206,7 @@ def rank_plan(
         column = plan.layouts[layout_id]
         if isinstance(column, MeshColumn):
             if layout_id not in mesh:
-                layout = _mesh_layout(column)
+                layout = mesh_layout(column)
                 mesh[layout_id] = (layout, _replica_of(layout, rank))
             layout, place = mesh[layout_id]
             for shard_index, shard in enumerate(leaf.shards):
@@ -284,13 +298,6 @@ def _replica_of(layout: MeshLayout, rank: int) -> tuple[int, int] | None:
 def _replica_of_box(layout: MeshLayout, box: Box, shape: Shape, rank: int) -> tuple[int, int]:
     holders = next(ranks for held, ranks in layout.shards_touching(box, shape) if held == box)
     return holders.index(rank), len(holders)
-
-
-def _mesh_layout(column: MeshColumn | BoxColumn) -> MeshLayout:
-    assert isinstance(column, MeshColumn)
-    runs = column.rank_runs
-    ranks = tuple(r for a, b in zip(runs[::2], runs[1::2], strict=True) for r in range(a, b))
-    return MeshLayout(tuple(column.shape), ranks, tuple(tuple(c) for c in column.cuts))
 
 
 def _boxes(numbers: Sequence[int], num_dims: int) -> list[Box]:

@@ -30,20 +30,19 @@ from typing import TYPE_CHECKING, Any, Final, Literal
 
 import msgspec
 
-from shardckpt.coord.session import Round, RoundFailedError
+from shardckpt.coord.session import Round
 from shardckpt.errors import (
     DeadlineError,
     FencedError,
-    OutcomeUnknownError,
     SaveFailedError,
     ShardckptError,
-    StorageError,
     TornCopyError,
     error_named,
 )
 from shardckpt.format.sealed import digest
-from shardckpt.save.commit import Described, Planner, commit_round, outcome_of
-from shardckpt.save.messages import Answer, Decision, Hello, Outcome, Report
+from shardckpt.save.agree import Agreement, kind_and_message
+from shardckpt.save.commit import Described, Planner, commit_round
+from shardckpt.save.messages import Answer, Asked, Decision, Hello, Outcome, Report
 from shardckpt.save.plan import RankPlan, rank_plan
 from shardckpt.save.stage import CopyTable, Staged
 from shardckpt.save.structure import (
@@ -194,7 +193,7 @@ class Saver:
         self._lock = threading.Lock()
         self._fenced: str | None = None
         self._before: Round | None = None
-        self._doomed: list[str] = []
+        self._agreement = Agreement(coord, catalog, writer)
         self.ancestry: list[str] = []
         self._jobs: SimpleQueue[_Job | None] = SimpleQueue()
         self._pid = os.getpid()
@@ -427,7 +426,8 @@ class Saver:
         plan, table, known = self._rank_plan, self._table, self._known
         data, structure = b"", self._structure
         if (
-            table is None
+            plan is None
+            or table is None
             or known is None
             or not has_structure_of(tree, known, table.changed(tree.leaves))
         ):
@@ -437,8 +437,10 @@ class Saver:
         if is_new:
             # Planning shares the planner with the saves under way.
             wait_futures([h.committed for h in self._in_flight if h is not handle])
-            self._planner.offer_structure(data, structure)
-            round_.publish(f"hello/{round_.rank}", Hello(step=step, structure=structure))
+            hello = Hello(step=step, structure=structure, is_new=True)
+            round_.publish(f"hello/{round_.rank}", hello)
+            if self._is_coordinator or self._is_asked(round_):
+                self._planner.offer_structure(data, structure)
             answer = self._answer(round_, step)
             plan = rank_plan(self._planner.fetch_plan(answer.plan), tree.leaves, round_.rank)
             # Before anything is kept: where there is no memory now, the next save asks again.
@@ -468,11 +470,10 @@ class Saver:
 
     def _give_up_early(self, round_: Round, handle: SaveHandle, error: Exception) -> None:
         """Fail a save that was never staged: tell the others, raise if there are none."""
-        if not isinstance(error, RoundFailedError):
-            round_.fail(error)
+        round_.fail(error, "asked", "answer")
         if self._is_coordinator:
             # Ranks that staged wait for an outcome, not for an error.
-            kind, message = _kind_and_message(error)
+            kind, message = kind_and_message(error)
             round_.publish("outcome", Outcome(committed=False, kind=kind, message=message))
         failure = _as_shardckpt(error)
         handle.staged.set_exception(failure)
@@ -483,6 +484,10 @@ class Saver:
         _logger.error(
             "step %d was not saved, which a later save() raises: %s", handle.step, failure
         )
+
+    def _is_asked(self, round_: Round) -> bool:
+        asked = round_.wait("asked", Asked, what="the coordinator's call of save()", grace=_GRACE)
+        return round_.rank in asked.ranks
 
     def _answer(self, round_: Round, step: int) -> Answer:
         if self._is_coordinator:
@@ -501,9 +506,6 @@ class Saver:
     def _serve(self) -> None:
         while (job := self._jobs.get()) is not None:
             outcome = self._run(job)
-            if self._before is not None and self._is_coordinator:
-                self._before.forget()
-            self._before = job.round
             if outcome.kind == FencedError.__name__:
                 self._fenced = outcome.message
             if outcome.kind == TornCopyError.__name__:
@@ -516,6 +518,9 @@ class Saver:
                 if self._is_coordinator:
                     _logger.error("step %d was not saved: %s", job.handle.step, outcome.message)
                 job.handle.committed.set_exception(error_named(outcome.kind, outcome.message))
+            if self._before is not None:
+                self._before.forget()
+            self._before = job.round
             # After a failure, too: what it left may be what keeps the disk full.
             if self._fenced is None:
                 self._sweep()
@@ -533,16 +538,20 @@ class Saver:
             attempt = answer.attempt
             self._check_plan(job, answer)
             self._write(job, answer)
-            outcome = self._commit(job, answer) if self._is_coordinator else self._told(job)
+            outcome = (
+                self._commit(job, answer)
+                if self._is_coordinator
+                else self._agreement.told(job.round)
+            )
         except Exception as error:
             _logger.debug(
                 "step %d failed on rank %d", job.handle.step, self._coord.rank, exc_info=True
             )
-            return self._failed(job, attempt, error)
+            return self._agreement.failed(job.round, job.handle.step, attempt, error)
         finally:
             self._let_go(job)
         if self._is_coordinator:
-            self._publish(job, outcome)
+            self._agreement.publish(job.round, outcome)
         return outcome
 
     def _let_go(self, job: _Job) -> None:
@@ -591,61 +600,11 @@ class Saver:
             self.ancestry.append(answer.attempt)
         return outcome
 
-    def _told(self, job: _Job) -> Outcome:
-        return job.round.wait(
-            "outcome", Outcome, what="the coordinator's outcome", grace=_GRACE, heed_errors=False
-        )
-
-    def _failed(self, job: _Job, attempt: str, error: Exception) -> Outcome:
-        """Agree on a failure: the coordinator decides by the log; others are told, or ask it."""
-        try:
-            if not isinstance(error, RoundFailedError):
-                job.round.fail(error)
-            if not self._is_coordinator and not isinstance(error, DeadlineError):
-                return self._told(job)
-        except DeadlineError as late:
-            error = late
-        outcome = self._ask_log(job, attempt, error)
-        if self._is_coordinator:
-            self._publish(job, outcome)
-        return outcome
-
-    def _ask_log(self, job: _Job, attempt: str, error: Exception) -> Outcome:
-        kind, message = _kind_and_message(error)
-        if not attempt:
-            return Outcome(committed=False, kind=kind, message=message)
-        try:
-            verdict, root = self._catalog.abort(self._writer, attempt)
-        except (StorageError, ShardckptError, FileNotFoundError) as lost:
-            if self._is_coordinator and self._catalog.last_proposed != attempt:
-                # Nobody else commits, and this rank never proposed it: a full disk that has no
-                # room for the abort root either leaves no doubt.
-                self._doomed.append(attempt)
-                return Outcome(committed=False, kind=kind, message=message)
-            return Outcome(
-                committed=False,
-                kind=OutcomeUnknownError.__name__,
-                message=f"{message}; and the commit log cannot be asked: {lost}",
-            )
-        outcome = outcome_of(verdict, root, job.handle.step, self._catalog.storage.url, message)
-        if verdict == "aborted":
-            outcome = Outcome(committed=False, kind=kind, message=message)
-        return outcome
-
-    def _publish(self, job: _Job, outcome: Outcome) -> None:
-        try:
-            job.round.publish("outcome", outcome)
-        except DeadlineError as error:
-            # The others will learn it from the log.
-            _logger.warning("%s: the outcome could not be announced: %s", job.round.what, error)
-
     def _sweep(self) -> None:
         if not self._is_coordinator:
             return
         try:
-            while self._doomed:
-                self._catalog.abort(self._writer, self._doomed[-1])
-                self._doomed.pop()
+            self._agreement.abort_doomed()
             gone = self._catalog.sweep()
         except (ShardckptError, FileNotFoundError) as error:
             _logger.warning("garbage stays until the next save: %s", error)
@@ -673,14 +632,7 @@ def _raw(value: object) -> msgspec.Raw:
     return msgspec.Raw(msgspec.json.encode(value))
 
 
-def _kind_and_message(error: Exception) -> tuple[str, str]:
-    if isinstance(error, RoundFailedError):
-        failure = error.failure
-        return failure.kind, f"rank {failure.rank}: {failure.message}"
-    return type(error).__name__, str(error)
-
-
 def _as_shardckpt(error: Exception) -> ShardckptError:
     if isinstance(error, ShardckptError):
         return error
-    return error_named(*_kind_and_message(error))
+    return error_named(*kind_and_message(error))

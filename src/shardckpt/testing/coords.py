@@ -6,7 +6,12 @@ Layer: testing.
 from __future__ import annotations
 
 import threading
-from typing import Final, final
+from typing import TYPE_CHECKING, Final, final
+
+from shardckpt.coord.base import ask_again, get_in_order
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
 
 
 @final
@@ -62,6 +67,14 @@ class ThreadCoord:
         """Return the value, or None where nothing is published yet."""
         with self._hub.lock:
             return self._hub.values.get(key)
+
+    def get_many(self, keys: Sequence[str]) -> list[bytes | None]:
+        """Return the values of keys, None from the first absent one on."""
+        return get_in_order(self.get, keys)
+
+    def wait(self, key: str, timeout_s: float) -> bytes | None:
+        """Return the value once it is published, or None after `timeout_s`."""
+        return ask_again(self.get, key, timeout_s)
 
     def delete(self, key: str) -> None:
         """Forget a key; an absent key is fine."""
