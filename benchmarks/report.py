@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 import matplotlib as mpl
+import overhead_plots
 from matplotlib.figure import Figure
 
 if TYPE_CHECKING:
@@ -23,7 +24,8 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 ORDER: Final = (
-    "limits", "stall", "durable", "save_load", "many_small", "memory", "reshard", "jax_peers",
+    "limits", "overhead_vs_frequency", "stall", "durable", "save_load", "many_small", "memory",
+    "reshard", "jax_peers", "peers",
 )  # fmt: skip
 SHARED_FACTS: Final = (
     "cpu", "cores", "memory_gib", "kernel", "python", "torch", "shardckpt", "native",
@@ -133,6 +135,8 @@ def _pictures(name: str, series: dict[str, Any], place: Path) -> list[str]:
         return [_speeds(series, place)]
     if name == "memory":
         return [_memory(series, place)]
+    if name == "overhead_vs_frequency":
+        return overhead_plots.draw(series, place)
     return []
 
 
