@@ -39,6 +39,7 @@ OURS: Final = "shardckpt"
 JUDGED_INTERVAL: Final = 10
 SETTLED_FROM: Final = 5  # Steps: from there on a save no longer meets the one before.
 FEWEST_STEPS: Final = 6
+QUICK_GIB: Final = 0.002
 MOST: Final = 0.25
 LEAST_OVERHEAD: Final = 0.005  # Of a peer: below this is noise.
 LEAST_COST_S: Final = 1e-4
@@ -231,7 +232,7 @@ def main() -> int:
     parser = options()
     told = parser.parse_args()
     if told.quick:
-        told.gib, told.intervals, told.rounds = min(told.gib, 0.01), [1, 5], 1
+        told.gib, told.intervals, told.rounds = min(told.gib, QUICK_GIB), [1, 5], 1
     if min(*told.intervals, told.rounds, told.steps) < 1 or told.gib <= 0:
         parser.error("--intervals, --rounds and --steps must be at least 1, --gib above 0")
     sides, missing = sides_that_run(told.sides)

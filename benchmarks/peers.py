@@ -4,8 +4,8 @@
 
 On the side of torch one FSDP2 state with AdamW moments lies on 2 ranks; on the side of JAX arrays
 of the same shapes lie on 2 devices of 1 process. All write to one directory, taking turns in an
-order that is swapped from round to round. A save counts until it is done and its files and names are
-flushed: shardckpt does that by itself, after every other one all its files and directories are
+order that is swapped from round to round. A save counts until it is done and its files and names
+are flushed: shardckpt does that by itself, after every other one all its files and directories are
 flushed here, which is nearly free for what is flushed already, and counts. A save blocks until the
 state may change, with nothing beside it that would hide a copy. Every load is compared bit for bit.
 What is not installed or does not run is listed with the reason.

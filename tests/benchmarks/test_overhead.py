@@ -1,4 +1,4 @@
-"""The scripts that compare saving with what else there is: they run, and their arithmetic is right."""
+"""The scripts beside what else there is: they run, and their arithmetic is right."""
 
 from __future__ import annotations
 
