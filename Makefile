@@ -8,7 +8,7 @@ SOURCES := pyproject.toml constraints.txt $(shell find csrc -name '*.cc' -o -nam
 # TORCH= may ask for another torch than the tested one; everything else stays pinned.
 PINS := $(VENV)/constraints.txt
 
-.PHONY: setup demo demo-jax demo-cross test test-all bench lint core-test core-test-arm clean
+.PHONY: setup demo demo-jax demo-cross test test-all bench bench-peers lint core-test core-test-arm clean
 
 setup: $(STAMP)
 
@@ -36,10 +36,32 @@ test-all: setup
 	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python -m pytest -n 2 --dist loadfile -q
 
 bench: setup
-	for script in limits stall durable save_load many_small memory reshard jax_peers policy scale many_ranks; do \
+	for script in limits overhead_vs_frequency stall durable save_load many_small memory reshard jax_peers \
+	  policy scale many_ranks; do \
 	  $(BIN)/python benchmarks/$$script.py --json benchmarks/results/$$script.json || exit 1; \
 	done
 	$(BIN)/python benchmarks/report.py
+
+# Beside what else there is, in an environment of its own. ByteCheckpoint asks for an older torch, so
+# it comes without what it asks for; peers.md says whether it ran.
+PEERS := build/peers
+PEER_PINS := torchsnapshot==0.1.0 importlib-metadata==8.7.0 setuptools==80.9.0
+BYTECHECKPOINT := bytecheckpoint==0.0.2 mmh3==4.1.0 universal-pathlib==0.2.6 cachetools==5.5.2 grpcio==1.69.0
+
+bench-peers: $(PEERS)/.stamp
+	$(PEERS)/bin/python benchmarks/peers.py --json benchmarks/results/peers.json
+
+$(PEERS)/.stamp: $(SOURCES)
+	mkdir -p build
+	test -x $(PEERS)/bin/python || $(PYTHON) -m venv $(PEERS)
+	grep -v '^torch==' constraints.txt > $(PEERS)/constraints.txt
+	$(PEERS)/bin/python -m pip install --quiet --upgrade -c $(PEERS)/constraints.txt pip scikit-build-core nanobind cmake ninja
+	$(PEERS)/bin/python -c 'import torch' 2>/dev/null || $(PEERS)/bin/python -m pip install --quiet '$(TORCH)'
+	PATH="$(abspath $(PEERS)/bin):$$PATH" $(PEERS)/bin/python -m pip install --quiet -c $(PEERS)/constraints.txt --no-build-isolation '.[torch,jax]'
+	$(PEERS)/bin/python -m pip install --quiet -c $(PEERS)/constraints.txt safetensors orbax-checkpoint tensorstore optax grain matplotlib
+	$(PEERS)/bin/python -m pip install --quiet -c $(PEERS)/constraints.txt $(PEER_PINS) || echo 'torchsnapshot does not install here'
+	$(PEERS)/bin/python -m pip install --quiet --no-deps $(BYTECHECKPOINT) || echo 'ByteCheckpoint does not install here'
+	touch $@
 
 lint: setup
 	$(BIN)/ruff format --check .

@@ -13,13 +13,14 @@ import mmap
 import os
 import platform
 import re
+import shutil
 import statistics
 import sys
 import tempfile
+import time
 from contextlib import contextmanager
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from time import perf_counter
 from typing import TYPE_CHECKING, Any, Final
 
 import shardckpt
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
 
 GIB: Final = 1 << 30
 MIB: Final = 1 << 20
+SWEEP_TIMEOUT_S: Final = 60.0
 
 
 def arguments(description: str) -> argparse.ArgumentParser:
@@ -54,10 +56,17 @@ def facts() -> dict[str, Any]:
         "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / GIB, 1),
         "kernel": platform.release().split("-")[0],
         "python": platform.python_version(),
-        "torch": version("torch"),
+        "torch": _version("torch"),
         "shardckpt": shardckpt.__version__,
         "native": native.IS_NATIVE,
     }
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "not installed"
 
 
 def _told() -> list[str]:
@@ -162,9 +171,32 @@ def spread(seconds: Sequence[float]) -> str:
 
 def timed(call: Callable[[], object]) -> float:
     """Return the seconds that a call takes."""
-    started = perf_counter()
+    started = time.perf_counter()
     call()
-    return perf_counter() - started
+    return time.perf_counter() - started
+
+
+def refuse_unless_free(parser: argparse.ArgumentParser, directory: Path, needed_bytes: int) -> None:
+    """Leave with exit status 2, before anything is written, where the disk has too little room."""
+    free_bytes = shutil.disk_usage(directory).free
+    if free_bytes < needed_bytes:
+        parser.error(
+            f"{needed_bytes} bytes are needed in {directory.resolve()}, {free_bytes} are free: "
+            "use --directory on another disk, or a smaller --gib"
+        )
+
+
+def wait_for_retention(store: Path, kept_steps: int) -> None:
+    """Return when the steps that fell out of retention are removed, so that nothing is disturbed.
+
+    Raises:
+        TimeoutError: They were not.
+    """
+    deadline = time.monotonic() + SWEEP_TIMEOUT_S
+    while len(list(store.glob("step-*"))) > kept_steps:
+        if time.monotonic() > deadline:
+            raise TimeoutError(f"the steps before the last {kept_steps} were not removed")
+        time.sleep(0.02)
 
 
 def drop_from_cache(directory: Path) -> None:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 import matplotlib as mpl
+import overhead_plots
 from matplotlib.figure import Figure
 
 if TYPE_CHECKING:
@@ -23,9 +24,8 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 ORDER: Final = (
-    "limits", "stall", "durable", "save_load", "many_small", "memory", "reshard", "jax_peers",
-    "policy",
-    "scale", "many_ranks",
+    "limits", "overhead_vs_frequency", "stall", "durable", "save_load", "many_small", "memory",
+    "reshard", "jax_peers", "policy", "scale", "many_ranks", "peers",
 )  # fmt: skip
 SHARED_FACTS: Final = (
     "cpu", "cores", "memory_gib", "kernel", "python", "torch", "shardckpt", "native",
@@ -141,6 +141,8 @@ def _pictures(name: str, series: dict[str, Any], place: Path) -> list[str]:
         return [_growth(series, place)]
     if name == "many_ranks":
         return [_operations(series, place)]
+    if name == "overhead_vs_frequency":
+        return overhead_plots.draw(series, place)
     return []
 
 

@@ -30,6 +30,7 @@ from harness import (
     scratch,
     spread,
     staging_bytes,
+    wait_for_retention,
 )
 from torch import distributed, nn
 from torch.distributed import checkpoint as dcp
@@ -48,7 +49,6 @@ if TYPE_CHECKING:
 
 WIDTH: Final = 2048
 KEPT_STEPS: Final = 2  # Retention never leaves fewer than two good steps.
-SWEEP_TIMEOUT_S: Final = 60.0
 BOTH: Final = ("shardckpt", "dcp")
 
 
@@ -159,11 +159,7 @@ def _save(
 
 def settle(store: Path, told: RankContext) -> None:
     """Wait until the step before is removed, so that its removal disturbs no timed part."""
-    deadline = time.monotonic() + SWEEP_TIMEOUT_S
-    while len(list(store.glob("step-*"))) > KEPT_STEPS:
-        if time.monotonic() > deadline:
-            raise TimeoutError("the step before was not removed")
-        time.sleep(0.02)
+    wait_for_retention(store, KEPT_STEPS)
     if told.rank == 0:
         os.sync()
     distributed.barrier()

@@ -1,4 +1,4 @@
-"""Who saves: shardckpt and every way of `dcp.async_save`.
+"""Who saves in the background: shardckpt and every way of `dcp.async_save`.
 
 Each DCP system is used as its documentation says: a process group of its own, a stager that lives
 as long as the job where it caches, and the staging awaited before the optimizer's update. DCP gets
@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import multiprocessing
 import os
-import shutil
 import warnings
 from typing import TYPE_CHECKING, Any, Final, Protocol
 
+from files import keep_only
+from harness import wait_for_retention
 from torch import distributed
 from torch.distributed import checkpoint as dcp
 from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
@@ -26,7 +27,7 @@ from torch.distributed.checkpoint.state_dict_saver import (
     AsyncSaveResponse,
 )
 
-from shardckpt.options import Retention
+from shardckpt.options import Retention, Staging
 from shardckpt.torch import Checkpointer, load
 
 if TYPE_CHECKING:
@@ -35,12 +36,23 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from torch.distributed.checkpoint.staging import AsyncStager
-    from trainee import Trainee
 
     from shardckpt.torch import SaveHandle
 
 OURS: Final = "shardckpt"
 KEPT_STEPS: Final = 2  # Retention never leaves fewer than two good steps.
+
+
+class Saved(Protocol):
+    """What is saved.
+
+    Attributes:
+        state: As shardckpt takes it.
+        state_dict: As DCP takes it.
+    """
+
+    state: dict[str, Any]
+    state_dict: dict[str, Any]
 
 
 class System(Protocol):
@@ -74,12 +86,26 @@ class System(Protocol):
 class Shardckpt:
     """What is judged."""
 
-    def __init__(self, trainee: Trainee, place: Path) -> None:
+    in_flight: Final = 2
+
+    def __init__(self, trainee: Saved, place: Path, *, overlap: bool = True) -> None:
         """Open the store; all ranks."""
         self._trainee = trainee
-        self._place = place / OURS
-        self._checkpointer = Checkpointer(self._place, retention=Retention(last=KEPT_STEPS))
+        self._place = place / (OURS if overlap else f"{OURS}-block")
+        self._checkpointer = Checkpointer(
+            self._place, retention=Retention(last=KEPT_STEPS), staging=Staging(overlap=overlap)
+        )
         self._handle: SaveHandle | None = None
+        self._before: SaveHandle | None = None
+
+    def step_began(self, step: int) -> None:
+        """Tell the checkpointer, as a training loop does."""
+        self._checkpointer.should_save(step)
+
+    def make_room(self) -> None:
+        """Return when the save before the last is committed: two may be in flight."""
+        if self._before is not None:
+            self._before.wait()
 
     def wait(self) -> None:
         """Return when the save before is committed."""
@@ -88,10 +114,15 @@ class Shardckpt:
 
     def save(self, step: int) -> None:
         """Begin a save."""
+        self._before = self._handle
         self._handle = self._checkpointer.save(step, self._trainee.state)
 
     def before_update(self) -> None:
         """Do nothing: the checkpointer has a hook of its own."""
+
+    def fence(self) -> None:
+        """Return when the state may change, without an optimizer that asks for it."""
+        self._checkpointer.fence()
 
     def is_durable(self) -> bool:
         """Return whether the step is committed."""
@@ -106,7 +137,8 @@ class Shardckpt:
         return 0.0
 
     def tidy(self) -> None:
-        """Do nothing: retention deletes."""
+        """Return when retention has deleted what is not needed."""
+        wait_for_retention(self._place, KEPT_STEPS)
 
     def close(self) -> None:
         """Wait for the last save."""
@@ -120,9 +152,11 @@ class Shardckpt:
 class Dcp:
     """`dcp.async_save` in one of its ways."""
 
+    in_flight: Final = 1
+
     def __init__(
         self,
-        trainee: Trainee,
+        trainee: Saved,
         place: Path,
         name: str,
         stager: AsyncStager | None,
@@ -139,10 +173,21 @@ class Dcp:
         self._durable: Future[Any] | None = None
         self._step = 0
 
-    def wait(self) -> None:
+    def step_began(self, step: int) -> None:
+        """Do nothing."""
+
+    def make_room(self) -> None:
         """Return when the save before is flushed."""
+        self.wait()
+
+    def wait(self) -> None:
+        """Return when the last save is flushed."""
         if self._durable is not None:
             self._durable.result()
+
+    def load(self) -> None:
+        """Fill the state from the last save."""
+        dcp.load(self._trainee.state_dict, checkpoint_id=self._place / str(self._step))
 
     def save(self, step: int) -> None:
         """Begin a save."""
@@ -182,9 +227,12 @@ class Dcp:
 
     def tidy(self) -> None:
         """Delete all checkpoints but the last."""
-        for old in self._place.glob("*"):
-            if old.name != str(self._step):
-                shutil.rmtree(old)
+        keep_only(self.newest)
+
+    @property
+    def newest(self) -> Path:
+        """Return where the last save lies."""
+        return self._place / str(self._step)
 
     def close(self) -> None:
         """Wait for the last save and release the stager's memory."""
@@ -232,7 +280,7 @@ PEERS: Final[dict[str, tuple[Callable[[], AsyncStager | None], AsyncCheckpointer
 
 
 def open_peers(
-    trainee: Trainee, place: Path, names: tuple[str, ...], step: int
+    trainee: Saved, place: Path, names: tuple[str, ...], step: int
 ) -> tuple[dict[str, System], dict[str, str]]:
     """Open every peer and let it save once; all ranks.
 
