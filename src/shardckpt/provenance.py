@@ -10,6 +10,7 @@ import os
 import platform
 import socket
 import subprocess
+from functools import cache
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
 def environment_facts(versions: Mapping[str, str], world_size: int) -> dict[str, str]:
     """Return what explains a saved state later: versions, world size, git commit."""
     facts = {"python": platform.python_version(), "world_size": str(world_size), **versions}
-    commit = _git_commit()
+    commit = _git_commit(os.getcwd())
     if commit:
         facts["git_commit"] = commit
     return facts
@@ -34,11 +35,14 @@ def writer_name() -> str:
     return f"{user}@{socket.gethostname()} (pid {os.getpid()})"
 
 
-def _git_commit() -> str:
+@cache
+def _git_commit(directory: str) -> str:
+    """Return the commit that is checked out; asked once, since a load is timed in milliseconds."""
     try:
         done = subprocess.run(
-            ["git", "rev-parse", "HEAD"], capture_output=True, text=True, timeout=2.0, check=False
-        )
+            ["git", "-C", directory, "rev-parse", "HEAD"],
+            capture_output=True, text=True, timeout=2.0, check=False,
+        )  # fmt: skip
     except (OSError, subprocess.TimeoutExpired):
         return ""
     return done.stdout.strip() if done.returncode == 0 else ""
