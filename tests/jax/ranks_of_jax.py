@@ -241,6 +241,7 @@ def store_stops(told: RankContext) -> None:
     if told.rank == 0:
         coord.set("process", str(os.getpid()).encode())
         wait_for(coord, "stop", what="the word to stop", timeout_s=20)
+        time.sleep(0.3)  # This process is the store, too: its answer to the set goes out first.
         os.kill(os.getpid(), signal.SIGSTOP)
         os._exit(4)
     server = int(wait_for(coord, "process", what="process 0", timeout_s=20))
