@@ -368,7 +368,7 @@ class ModelledJob:
         coord = ModelCoord(rank, self.server, clock, self.world_size)
         return Round(
             coord, f"{PREFIX}/{kind}/model", "step 1", TIMEOUT_S,
-            monotonic=clock.monotonic, sleep=clock.sleep,
+            monotonic=clock.monotonic,
         )  # fmt: skip
 
     def _digests(self) -> list[str]:

@@ -22,10 +22,6 @@ class Clock:
         """Return the time."""
         return self.now_s
 
-    def sleep(self, seconds: float) -> None:
-        """Let time pass."""
-        self.now_s += seconds
-
 
 @dataclass(frozen=True, slots=True)
 class Store:

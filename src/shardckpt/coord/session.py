@@ -23,8 +23,9 @@ M = TypeVar("M", bound=msgspec.Struct)
 _FAILED: Final = b"!"  # No JSON begins with it.
 # Asked for at once: few requests for thousands of ranks, and none that a store could not answer.
 _GATHER: Final = 256
-_POLL_FIRST_S: Final = 0.0005
-_POLL_MOST_S: Final = 0.05
+# How long the coordinator waits for one rank before it looks whether another one has failed.
+_LOOK_FIRST_S: Final = 0.05
+_LOOK_MOST_S: Final = 0.4
 
 
 class Failure(msgspec.Struct, frozen=True):
@@ -55,7 +56,6 @@ class Round:
         timeout_s: float,
         *,
         monotonic: Callable[[], float] = time.monotonic,
-        sleep: Callable[[float], None] = time.sleep,
     ) -> None:
         """Name the round.
 
@@ -65,11 +65,9 @@ class Round:
             what: What the round is, for messages ("save 3 (step 40)").
             timeout_s: Seconds each wait may take.
             monotonic: Clock.
-            sleep: Sleeper.
         """
         self._coord = coord
         self._monotonic = monotonic
-        self._sleep = sleep
         self._prefix = prefix
         self.what = what
         self.timeout_s = timeout_s
@@ -160,7 +158,7 @@ class Round:
         decode = msgspec.json.Decoder(kind).decode
         deadline = self._monotonic() + self.timeout_s
         messages: list[M] = []
-        pause_s = _POLL_FIRST_S
+        look_s = _LOOK_FIRST_S
         while len(messages) < self.world_size:
             first = len(messages)
             ranks = range(first, min(first + _GATHER, self.world_size))
@@ -169,7 +167,7 @@ class Round:
                     break
                 messages.append(decode(data))
             if len(messages) > first:
-                pause_s = _POLL_FIRST_S
+                look_s = _LOOK_FIRST_S
                 continue
             error = self._get("error")
             if error is not None:
@@ -178,8 +176,10 @@ class Round:
             remaining_s = deadline - self._monotonic()
             if remaining_s <= 0:
                 raise self._absent(topic, what, hint)
-            self._sleep(min(pause_s, remaining_s))
-            pause_s = min(pause_s * 1.5, _POLL_MOST_S)
+            data = self._coord.wait(self._key(f"{topic}/{first}"), min(look_s, remaining_s))
+            if data is not None:
+                messages.append(decode(data))
+            look_s = min(2 * look_s, _LOOK_MOST_S)
         return messages
 
     def forget(self) -> None:

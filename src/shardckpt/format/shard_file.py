@@ -12,6 +12,7 @@ from __future__ import annotations
 import base64
 import binascii
 import struct
+from itertools import chain
 from typing import Final
 
 import msgspec
@@ -192,7 +193,7 @@ def decode_crcs(table: Table, what: str) -> bytes:
         crcs = base64.b64decode(table.crcs, validate=True)
     except binascii.Error as error:
         raise CorruptCheckpointError(f"{what}: checksums: {error}") from error
-    expected = 4 * sum(-(-nbytes // CHUNK_BYTES) for nbytes in table.lengths)
+    expected = 4 * sum(map(payload_num_chunks, table.lengths))
     if len(crcs) != expected:
         raise CorruptCheckpointError(f"{what}: {len(crcs)} bytes of checksums, expected {expected}")
     return crcs
@@ -207,11 +208,11 @@ def _check_columns(table: Table, what: str) -> None:
         raise CorruptCheckpointError(f"{what}: the table's columns differ in length")
     if payloads and not 0 <= min(table.key_ids) <= max(table.key_ids) < len(table.keys):
         raise CorruptCheckpointError(f"{what}: a payload belongs to no key of the table")
-    if any(len(shape) > MAX_DIMS for shape in table.shapes):
+    if max(map(len, table.shapes), default=0) > MAX_DIMS:
         raise CorruptCheckpointError(f"{what}: an array has more than {MAX_DIMS} dims")
     box_numbers = [2 * len(shape) for shape in table.shapes]
     if len(table.boxes) != sum(map(box_numbers.__getitem__, table.key_ids)):
         raise CorruptCheckpointError(f"{what}: the table's boxes do not fit its payloads")
-    numbers = (table.boxes, *columns, *table.shapes)
+    numbers = (table.boxes, *columns, list(chain.from_iterable(table.shapes)))
     if any(column and (min(column) < 0 or max(column) > _MAX_INT) for column in numbers):
         raise CorruptCheckpointError(f"{what}: a number of the table is negative or beyond 2^63")

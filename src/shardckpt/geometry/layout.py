@@ -106,7 +106,7 @@ class MeshLayout:
             lengths.append(stop - start)
         return Box(tuple(offsets), tuple(lengths))
 
-    def shards_touching(self, wanted: Box, shape: Shape) -> Iterator[tuple[Box, tuple[int, ...]]]:
+    def shards_touching(self, wanted: Box, shape: Shape) -> Iterator[tuple[Box, Sequence[int]]]:
         """Yield `(box, ranks)` of every non-empty shard that meets `wanted`.
 
         `ranks[i]` holds replica `i` of that shard; a rank that holds several holds the first of
@@ -127,15 +127,21 @@ class MeshLayout:
             box = Box(tuple(c[0] for c in combination), tuple(c[1] - c[0] for c in combination))
             yield box, self._ranks_where(fixed)
 
-    def _ranks_where(self, fixed: dict[int, int]) -> tuple[int, ...]:
+    def _ranks_where(self, fixed: dict[int, int]) -> Sequence[int]:
         # A cut beyond the array's dims (a 0-dim array under a sharded layout) does not occur:
-        # layouts
-        # are made per array.
+        # layouts are made per array.
         strides = element_strides(self.mesh_shape)
-        places = [sum(strides[axis] * position for axis, position in fixed.items())]
+        first = sum(strides[axis] * position for axis, position in fixed.items())
+        places: Sequence[int] = range(first, first + 1)
         for axis in self.replica_axes:
-            steps = range(0, self.mesh_shape[axis] * strides[axis], strides[axis])
-            places = [place + step for place in places for step in steps]
+            step, extent = strides[axis], self.mesh_shape[axis] * strides[axis]
+            # Evenly spaced places stay a range, which costs the same for any number of replicas.
+            if isinstance(places, range) and (len(places) == 1 or places.step == extent):
+                places = range(places.start, places.start + len(places) * extent, step)
+            else:
+                places = [place + at for place in places for at in range(0, extent, step)]
+        if isinstance(self.ranks, range) and isinstance(places, range):
+            return self.ranks[places.start : places.stop : places.step]
         ranks = [self.ranks[place] for place in places]
         return tuple(ranks) if self.has_distinct_ranks else tuple(dict.fromkeys(ranks))
 
@@ -170,7 +176,7 @@ class BoxLayout:
     boxes: tuple[Box, ...]
     ranks: tuple[tuple[int, ...], ...]
 
-    def shards_touching(self, wanted: Box, shape: Shape) -> Iterator[tuple[Box, tuple[int, ...]]]:
+    def shards_touching(self, wanted: Box, shape: Shape) -> Iterator[tuple[Box, Sequence[int]]]:
         """Yield `(box, ranks)` of every shard that meets `wanted`, as `MeshLayout` does."""
         for box, ranks in zip(self.boxes, self.ranks, strict=True):
             if box.intersect(wanted) is not None:

@@ -6,10 +6,11 @@ Layer: load. Order of one load, on every rank:
    proved);
 2. all ranks agree that nobody found a problem, and learn what several of them want: that is read
    once and exchanged (`load.shared`); until here nothing has changed;
-3. read, verify, place; all ranks agree again; then objects are handed over.
+3. read, verify, place, hand objects over; all ranks agree again. Where nothing of the state has
+   changed until all is read (it is not filled in place, or `transactional` keeps the bytes aside),
+   they agree before they place, too.
 
-A failure in 3 leaves a state that is filled in place poisoned, unless `transactional` kept the
-bytes aside until all had succeeded.
+A failure after the first change leaves the state poisoned.
 """
 
 from __future__ import annotations
@@ -108,8 +109,8 @@ class Ok(msgspec.Struct, frozen=True):
     """A rank, or all of them, came through a phase."""
 
 
-class HaveRead(msgspec.Struct, frozen=True):
-    """A rank, or all of them together, filled the targets with so many bytes of storage."""
+class Placed(msgspec.Struct, frozen=True):
+    """A rank, or all of them together, filled the state with so many bytes of storage."""
 
     read_bytes: int
 
@@ -184,8 +185,11 @@ def load_state(
                 _logger.warning(
                     "%s: saved by another world size; the target's own value is kept", key
                 )
-        with _poisoning(poisons=backend.fills_in_place and not options.transactional):
-            stats = _read(meeting, filling.plan, round_)
+        in_place = backend.fills_in_place and not options.transactional
+        with _poisoning(poisons=in_place):
+            read_bytes = _read(meeting, round_)
+            if not in_place:
+                _agree(round_, "read", Ok(), _all_ok, Ok)
     finally:
         meeting.close()
     with _poisoning(poisons=True):
@@ -195,8 +199,8 @@ def load_state(
         except Exception as error:
             round_.fail(error, "placed")
             raise
-        _agree(round_, "placed", Ok(), _all_ok, Ok)
-    return restored, stats
+        told = _agree(round_, "placed", Placed(read_bytes), _summed, Placed)
+    return restored, LoadStats(read_bytes, filling.plan.needed_bytes, told.read_bytes)
 
 
 def _meet(meeting: Meeting, round_: Round) -> None:
@@ -211,33 +215,31 @@ def _meet(meeting: Meeting, round_: Round) -> None:
         meeting.settle(_agree(round_, "prepared", meeting.link(), all_linked, AllLinked))
 
 
-def _read(meeting: Meeting, plan: LoadPlan, round_: Round) -> LoadStats:
-    """Fill the targets of all ranks.
+def _read(meeting: Meeting, round_: Round) -> int:
+    """Fill the targets and return the bytes that this rank read from storage.
 
     Raises:
         ShardckptError: A read failed here or elsewhere.
     """
     try:
-        read_bytes = meeting.run(round_)
+        return meeting.run(round_)
     except PeersFailedError:
         failure = round_.wait(
             "error", Failure, what="the error of the rank that failed", heed_errors=False
         )
-        round_.fail(RoundFailedError(failure), "read")
+        round_.fail(RoundFailedError(failure), "read", "placed")
         raise _from_rank(failure) from None
     except Exception as error:
-        round_.fail(error, "read")
+        round_.fail(error, "read", "placed")
         raise
-    told = _agree(round_, "read", HaveRead(read_bytes), _summed, HaveRead)
-    return LoadStats(read_bytes, plan.needed_bytes, told.read_bytes)
 
 
 def _all_ok(told: list[Ok]) -> Ok:
     return told[0]
 
 
-def _summed(told: list[HaveRead]) -> HaveRead:
-    return HaveRead(sum(message.read_bytes for message in told))
+def _summed(told: list[Placed]) -> Placed:
+    return Placed(sum(message.read_bytes for message in told))
 
 
 def saved_state(

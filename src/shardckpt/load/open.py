@@ -7,8 +7,9 @@ use.
 from __future__ import annotations
 
 import ctypes
-from dataclasses import dataclass, field
+import operator
 from functools import cached_property
+from itertools import accumulate
 from operator import attrgetter
 from typing import TYPE_CHECKING, Final
 
@@ -46,10 +47,7 @@ from shardckpt.geometry.regions import coverage_problem
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from shardckpt.geometry.box import Shape
     from shardckpt.storage.base import Reader, Storage
-
-_MAX_TABLES_PROBLEM: Final = "points outside the payloads of its file"
 
 
 class SavedPayload(msgspec.Struct, frozen=True, gc=False):
@@ -74,23 +72,70 @@ class SavedPayload(msgspec.Struct, frozen=True, gc=False):
     first_chunk: int
 
 
-@dataclass(slots=True)
 class OpenFile:
-    """One shard file, open, its table checked; payloads by offset."""
+    """One shard file, open, its table checked.
 
-    key: str
-    rank: int
-    number: int
-    reader: Reader
-    table: Table
-    crcs: bytes
-    seed: int
-    payloads: list[SavedPayload]
-    by_shard: dict[tuple[str, Shape, Shape], list[SavedPayload]] = field(default_factory=dict)
+    Of most tables a loader wants few payloads, so these are made when they are asked for.
+    """
+
+    def __init__(
+        self, key: str, record: FileRecord, reader: Reader, table: Table, what: str
+    ) -> None:
+        """Take over a reader and a table that `decode_table` returned.
+
+        Raises:
+            CorruptCheckpointError: A payload lies outside of the file, or a checksum is missing.
+        """
+        self.key: Final = key
+        self.rank: Final = record.rank
+        self.number: Final = record.number
+        self.reader: Final = reader
+        self.table: Final = table
+        self.crcs: Final = decode_crcs(table, what)
+        self.seed: Final = crc_seed(table.attempt, record.rank, record.number)
+        _check_places(table, record, what)
+        num_dims = [len(shape) for shape in table.shapes]
+        self._box_at = list(accumulate((2 * num_dims[i] for i in table.key_ids), initial=0))
+        self._chunk_at = list(accumulate(map(payload_num_chunks, table.lengths), initial=0))
+        self._rows_of = _rows_by_key(table)
+        self._boxes: dict[tuple[int, ...], Box] = {}
+        self._made: dict[str, list[SavedPayload]] = {}
+
+    @cached_property
+    def payloads(self) -> list[SavedPayload]:
+        """All payloads, by offset."""
+        return sorted(
+            (payload for key in self.table.keys for payload in self._of_key(key)),
+            key=attrgetter("offset"),
+        )
 
     def payloads_of(self, key: str, shard: Box) -> Sequence[SavedPayload]:
         """Return the payloads of one shard, in the order of the table."""
-        return self.by_shard.get((key, shard.offsets, shard.shape), ())
+        made = self._made.get(key)
+        if made is None:
+            made = self._of_key(key)
+        if len(made) == 1 and made[0].box == shard:
+            return made
+        return [payload for payload in made if payload.box == shard]
+
+    def _of_key(self, key: str) -> list[SavedPayload]:
+        made = self._made.get(key)
+        if made is None:
+            made = self._made[key] = [self._payload(key, row) for row in self._rows_of.get(key, ())]
+        return made
+
+    def _payload(self, key: str, row: int) -> SavedPayload:
+        table = self.table
+        start, stop = self._box_at[row], self._box_at[row + 1]
+        numbers = tuple(table.boxes[start:stop])
+        box = self._boxes.get(numbers)
+        if box is None:
+            half = (stop - start) // 2
+            box = self._boxes[numbers] = Box(numbers[:half], numbers[half:])
+        return SavedPayload(
+            row, key, box, table.starts[row], table.lengths[row], table.offsets[row],
+            self._chunk_at[row],
+        )  # fmt: skip
 
 
 class OpenCheckpoint:
@@ -231,31 +276,24 @@ def _read_table(reader: Reader, record: FileRecord, attempt: str, key: str, what
         file=record.number,
         what=what,
     )
-    file = OpenFile(
-        key, record.rank, record.number, reader, table, decode_crcs(table, what),
-        crc_seed(attempt, record.rank, record.number), [],
-    )  # fmt: skip
-    _index_payloads(file, record, what)
-    return file
+    return OpenFile(key, record, reader, table, what)
 
 
-def _index_payloads(file: OpenFile, record: FileRecord, what: str) -> None:
-    table = file.table
-    boxes: dict[tuple[int, ...], Box] = {}
-    position = chunk = 0
-    columns = zip(table.key_ids, table.starts, table.lengths, table.offsets, strict=True)
-    for index, (key_id, start, nbytes, offset) in enumerate(columns):
-        num_dims = len(table.shapes[key_id])
-        numbers = tuple(table.boxes[position : position + 2 * num_dims])
-        position += 2 * num_dims
-        if offset < HEADER_BYTES or offset + nbytes > record.table_offset or start % CHUNK_BYTES:
-            raise CorruptCheckpointError(f"{what}: payload {index} {_MAX_TABLES_PROBLEM}")
-        box = boxes.get(numbers)
-        if box is None:
-            box = boxes[numbers] = Box(numbers[:num_dims], numbers[num_dims:])
-        key = table.keys[key_id]
-        payload = SavedPayload(index, key, box, start, nbytes, offset, chunk)
-        chunk += payload_num_chunks(nbytes)
-        file.payloads.append(payload)
-        file.by_shard.setdefault((key, box.offsets, box.shape), []).append(payload)
-    file.payloads.sort(key=attrgetter("offset"))
+def _check_places(table: Table, record: FileRecord, what: str) -> None:
+    ends = map(operator.add, table.offsets, table.lengths)
+    if (
+        min(table.offsets, default=HEADER_BYTES) < HEADER_BYTES
+        or max(ends, default=0) > record.table_offset
+        or any(start % CHUNK_BYTES for start in set(table.starts))
+    ):
+        raise CorruptCheckpointError(f"{what}: a payload points outside the payloads of its file")
+
+
+def _rows_by_key(table: Table) -> dict[str, Sequence[int]]:
+    """Return which payloads of a table are of which key."""
+    if table.key_ids == list(range(len(table.keys))):
+        return dict(zip(table.keys, zip(range(len(table.keys))), strict=True))
+    rows: dict[str, list[int]] = {key: [] for key in table.keys}
+    for row, key_id in enumerate(table.key_ids):
+        rows[table.keys[key_id]].append(row)
+    return dict(rows)

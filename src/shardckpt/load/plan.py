@@ -201,11 +201,10 @@ def _payloads(
 ) -> list[tuple[OpenFile, SavedPayload]]:
     """Return the payloads that hold the bytes of a share, proved to tile it."""
     shard, position = share.shard, share.start
-    lookup = (key, shard.offsets, shard.shape)
     found = [
         (file, payload)
         for file in checkpoint.files_of(share.rank)
-        for payload in file.by_shard.get(lookup, ())
+        for payload in file.payloads_of(key, shard)
     ]
     if len(found) > 1:
         found.sort(key=lambda fp: fp[1].start)

@@ -10,7 +10,6 @@ from __future__ import annotations
 import ctypes
 import threading
 from array import array
-from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Final, TypeAlias
 
 from shardckpt import native
@@ -43,23 +42,31 @@ def run_load(plan: LoadPlan, *, first_file: int = 0, num_readers: int = NUM_READ
         CorruptCheckpointError: A chunk does not match its checksum; names file, key and rank.
         StorageError: A read failed.
     """
-    stop = threading.Event()
+    left = iter(reads_from(plan.reads, first_file))
+    errors: list[BaseException] = []
 
-    def work(read: Read) -> None:
-        if stop.is_set():
-            return
-        try:
-            run_read(read)
-        except BaseException:
-            stop.set()
-            raise
+    def work() -> None:
+        while not errors:
+            with lock:
+                read = next(left, None)
+            if read is None:
+                return
+            try:
+                run_read(read)
+            except BaseException as error:  # Raised by the thread that loads.
+                errors.append(error)
 
-    reads = reads_from(plan.reads, first_file)
-    with ThreadPoolExecutor(num_readers, thread_name_prefix="shardckpt-read") as pool:
-        errors = [f.exception() for f in [pool.submit(work, read) for read in reads]]
-    first = next((error for error in errors if error is not None), None)
-    if first is not None:
-        raise first
+    lock = threading.Lock()
+    threads = [
+        threading.Thread(target=work, name=f"shardckpt-read-{i}")
+        for i in range(min(num_readers, len(plan.reads)))
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    if errors:
+        raise errors[0]
 
 
 def run_read(read: Read) -> None:
