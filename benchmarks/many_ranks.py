@@ -1,6 +1,6 @@
 """Coordination of many real processes: what a save costs each rank and the key-value store.
 
-`python benchmarks/many_ranks.py [--ranks 8,16,32,64] [--jax-ranks 4,8,16] [--rounds 5]`
+`python benchmarks/many_ranks.py [--ranks 8,16,32,64] [--jax-ranks 8,16,32] [--rounds 5]`
 
 Every rank is a process with a Checkpointer of its own on the real stores: torch's TCPStore, and the
 client of JAX's distributed runtime. The state is small (256 arrays of 4 KiB, of which each rank
@@ -214,7 +214,7 @@ def main() -> int:
     """Run the jobs and judge."""
     parser = arguments("Count what saves of many real processes ask of their key-value store.")
     parser.add_argument("--ranks", type=numbers, default=[8, 16, 32, 64])
-    parser.add_argument("--jax-ranks", type=numbers, default=[4, 8, 16])
+    parser.add_argument("--jax-ranks", type=numbers, default=[8, 16, 32])
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--quick", action="store_true", help="a small one, to see that it runs")
     told = parser.parse_args()

@@ -185,7 +185,8 @@ def add_figures(report: Report, side: str, judged: Judged, peers: Sequence[str])
         )
         return
     bound = MOST if side == "torch" and every == JUDGED_INTERVAL else None
-    report.add(name, overheads[OURS] / min(known), at_most=bound)
+    # Below 0 is noise.
+    report.add(name, max(0.0, overheads[OURS]) / min(known), at_most=bound)
 
 
 def needed_bytes(state_bytes: int, plan: Plan, num_systems: int) -> int:

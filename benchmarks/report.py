@@ -1,8 +1,9 @@
-"""Write all results as one page: benchmarks/results/README.md and its pictures.
+"""Write all results as one page, benchmarks/results/README.md and its pictures, and the README's.
 
 `python benchmarks/report.py [--results benchmarks/results]`
 
-Reads the JSON files that the benchmarks wrote; measures nothing.
+Reads the JSON files that the benchmarks wrote; measures nothing. Of the project's README it writes
+what stands between two marks: what saving costs, beside other systems.
 """
 
 from __future__ import annotations
@@ -31,6 +32,10 @@ SHARED_FACTS: Final = (
     "cpu", "cores", "memory_gib", "kernel", "python", "torch", "shardckpt", "native",
 )  # fmt: skip
 MODES: Final = ("device", "compute")
+README: Final = Path(__file__).parents[1] / "README.md"
+COSTS_BEGIN: Final = "<!-- what it costs: written by benchmarks/report.py -->"
+COSTS_END: Final = "<!-- end of what it costs -->"
+SHOWN_INTERVAL: Final = "10"
 OURS: Final = "shardckpt"
 COLORS: Final = ("#b0413e", "#e3b23c", "#4c72b0", "#7f7f7f")
 # The same bytes from the same data, so that a new picture is a new result.
@@ -60,7 +65,52 @@ def main() -> int:
         for picture in _pictures(name, result.get("series", {}), place):
             lines += ["", f"![{picture}]({picture})"]
     (place / "README.md").write_text("\n".join(lines) + "\n")
+    if place == here and "overhead_vs_frequency" in results:
+        README.write_text(with_costs(README.read_text(), results["overhead_vs_frequency"]))
     return 0
+
+
+def with_costs(readme: str, overheads: dict[str, Any]) -> str:
+    """Return the README with the costs of these results between its marks.
+
+    Raises:
+        ValueError: A mark is missing.
+    """
+    begin, end = readme.index(COSTS_BEGIN) + len(COSTS_BEGIN), readme.index(COSTS_END)
+    return readme[:begin] + "\n" + "\n".join(_costs(overheads)) + "\n" + readme[end:]
+
+
+def _costs(overheads: dict[str, Any]) -> list[str]:
+    """Return the lines of the README's table."""
+    facts, rows = overheads["facts"], []
+    for side, of_side in overheads["series"].items():
+        for name, of in of_side["systems"].items():
+            at = of["intervals"][SHOWN_INTERVAL]
+            seconds = of["best_interval"] * of_side["step_s"]
+            rows.append((
+                f"**{name}**, {side}" if name == OURS else f"{name}, {side}",
+                f"{100 * statistics.median(at['overheads']):.1f} %",
+                f"{1e3 * statistics.median(at['stalls_s']):.0f} ms",
+                f"{of['durable_s']:.2f} s", f"{seconds:.0f} s",
+                f"{100 * (1 - of['best_goodput']):.2f} %",
+            ))  # fmt: skip
+    header = (
+        "system", f"longer by, a save every {SHOWN_INTERVAL} steps", "a save stalls",
+        "durable after", "best: save every", "lost then, restarts included",
+    )  # fmt: skip
+    sides = " and ".join(
+        f"{side} ({facts[f'{side} state MiB']} MiB of state, steps of {of['step_s']:.2f} s)"
+        for side, of in overheads["series"].items()
+    )
+    return [
+        f"Two training examples bound by computing, {sides}, on {facts['cores']} cores: the worst "
+        "case, for nothing is idle that a save could use. "
+        f"Best interval and loss for one failure in {facts['mtbf s'] / 3600:g} h and "
+        f"{facts['restart s']:g} s to restart.",
+        "",
+        "![overhead by interval](benchmarks/results/overhead_vs_frequency.svg)", "",
+        *_table(header, rows),
+    ]  # fmt: skip
 
 
 def _failures(results: dict[str, Any]) -> list[str]:

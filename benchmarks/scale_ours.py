@@ -382,14 +382,14 @@ def _sources(
     """Return the ranks whose files the load plan will open."""
     plan = simulated.planner.plan
     assert plan is not None
-    owner_of = dict(zip(plan.keys, plan.owners, strict=True))
+    writers_of = dict(zip(plan.keys, zip(plan.owners, plan.writers, strict=True), strict=True))
     sources: set[int] = set()
     for tensor in (t for group in simulated.job.groups for t in group.tensors):
         if tensor.key in arrays:
             box, array = arrays[tensor.key]
             spec = ArraySpec(tensor.shape, DTYPE)
             layout = simulated.layout_of(tensor.mesh)
-            saved = SavedTensor(tensor.key, spec, "param", layout, owner_of[tensor.key])
+            saved = SavedTensor(tensor.key, spec, "param", layout, *writers_of[tensor.key])
             want = Wanted(saved, box, BACKEND.host_array(array))
             sources.update(share.rank for share in _shares(want, spec.itemsize_bytes))
     return sources

@@ -17,8 +17,9 @@ from shardckpt.format.manifest import (
     layout_column,
     mesh_layout,
     tensors,
+    writers_column,
 )
-from shardckpt.format.root import FORMAT_VERSION, PACKED_DIGESTS
+from shardckpt.format.root import FORMAT_VERSION, PACKED_DIGESTS, SOME_WRITERS
 from shardckpt.geometry.layout import MeshLayout
 
 
@@ -55,6 +56,27 @@ def test_packed_digests_that_are_none_are_refused(digests: str) -> None:
     data, _ = encode_manifest(msgspec.structs.replace(manifest, files=files))
     with pytest.raises(FormatError, match="file columns differ in length"):
         decode_manifest(data, "m")
+
+
+def test_some_writers_come_back_and_others_leave_no_trace() -> None:
+    plain = manifest_of(4, layout_column(MeshLayout((4,), range(4), ())))
+    assert b"writers" not in encode_manifest(plain)[0]
+    assert tensors(plain)["w"].writers == 1
+    writers, features = writers_column([3])
+    assert features == [SOME_WRITERS]
+    some = msgspec.structs.replace(plain, writers=writers, features=features)
+    assert tensors(decode_manifest(encode_manifest(some)[0], "m"))["w"].writers == 3
+
+
+@pytest.mark.parametrize(
+    ("writers", "features"),
+    [([3], []), ([], [SOME_WRITERS]), ([0], [SOME_WRITERS]), ([1, 1], [SOME_WRITERS])],
+)
+def test_writers_that_do_not_fit_are_refused(writers: list[int], features: list[str]) -> None:
+    plain = manifest_of(4, layout_column(MeshLayout((4,), range(4), ())))
+    wrong = msgspec.structs.replace(plain, writers=writers, features=features)
+    with pytest.raises(FormatError, match="the writers do not fit the tensors"):
+        decode_manifest(encode_manifest(wrong)[0], "m")
 
 
 @pytest.mark.parametrize(

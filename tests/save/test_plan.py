@@ -30,26 +30,31 @@ def tree(rank: int, arrays: dict[str, np.ndarray], layout: MeshLayout | None) ->
     return ArrayBackend().describe(state)
 
 
-@given(st.integers(0, 10**7), st.integers(1, 9), st.integers(-1, 8))
-def test_shares_of_replicas_tile_the_shard(nbytes: int, replicas: int, owner: int) -> None:
+@given(st.integers(0, 10**7), st.integers(1, 9), st.integers(-1, 8), st.integers(1, 9))
+def test_shares_of_replicas_tile_the_shard(
+    nbytes: int, replicas: int, owner: int, writers: int
+) -> None:
     position = 0
-    for replica in range(replicas):
-        start, stop = replica_share(nbytes, replicas, owner, replica)
+    for turn in range(replicas):
+        replica = (max(owner, 0) + turn) % replicas
+        start, stop = replica_share(nbytes, replicas, owner, writers, replica)
         if start < stop:
             assert start == position
             position = stop
     assert position == nbytes
 
 
-@given(st.integers(1, 10**7), st.integers(1, 300), st.integers(-1, 8), st.data())
+@given(st.integers(1, 10**7), st.integers(1, 300), st.integers(-1, 8), st.integers(1, 9), st.data())
 def test_replicas_that_hold_some_bytes_are_all_found(
-    nbytes: int, replicas: int, owner: int, data: st.DataObject
+    nbytes: int, replicas: int, owner: int, writers: int, data: st.DataObject
 ) -> None:
     first = data.draw(st.integers(0, nbytes - 1))
     last = data.draw(st.integers(first + 1, nbytes))
-    shares = [replica_share(nbytes, replicas, owner, replica) for replica in range(replicas)]
+    shares = [
+        replica_share(nbytes, replicas, owner, writers, replica) for replica in range(replicas)
+    ]
     holders = {r for r, (a, b) in enumerate(shares) if max(a, first) < min(b, last)}
-    found = replicas_of(nbytes, replicas, owner, first, last)
+    found = replicas_of(nbytes, replicas, owner, writers, first, last)
     assert holders <= set(found)
     chunks = -(-nbytes // CHUNK_BYTES)  # Where these are fewer, most replicas hold nothing.
     assert len(found) <= len(holders) * -(-replicas // chunks) + 2
@@ -91,6 +96,19 @@ def test_replicated_bytes_are_split_evenly() -> None:
         sum(p.nbytes for p in rank_plan(plan, t.leaves, r).payloads) for r, t in enumerate(trees)
     ]
     assert max(loads) - min(loads) <= 2 * 65536
+
+
+def test_no_share_is_too_small_to_read_and_the_bytes_still_are_balanced() -> None:
+    """With many replicas a share each would be crumbs in as many files."""
+    arrays = {f"a{i}": np.zeros((300 + i, 4096), np.float32) for i in range(24)}
+    trees = [tree(rank, arrays, None) for rank in range(40)]
+    plan = merge([structure_of(trees[0])], [0] * 40)
+    assert set(plan.writers) == {4, 5}
+    payloads = [rank_plan(plan, t.leaves, r).payloads for r, t in enumerate(trees)]
+    assert min(p.nbytes for of_rank in payloads for p in of_rank) >= 15 * CHUNK_BYTES
+    loads = [sum(p.nbytes for p in of_rank) for of_rank in payloads]
+    assert sum(loads) == sum(array.nbytes for array in arrays.values())
+    assert max(loads) - min(loads) <= 2 << 20
 
 
 def test_a_file_that_would_grow_too_large_is_split() -> None:

@@ -2,8 +2,7 @@
 
 Layer: format. Tensors and files are columns. A layout is written once and says in closed form which
 rank holds which box (`geometry.layout`); irregular ones list their boxes. Where equal copies exist,
-`owners` says who wrote a tensor: the index of one replica, or -1 where each replica wrote its share
-of every shard's bytes.
+`owners` and `writers` say which replicas wrote shares of every shard's bytes (`format.shares`).
 """
 
 from __future__ import annotations
@@ -17,7 +16,7 @@ from typing import TYPE_CHECKING, Final
 import msgspec
 
 from shardckpt.errors import FormatError
-from shardckpt.format.root import FORMAT_VERSION, PACKED_DIGESTS, check_version
+from shardckpt.format.root import FORMAT_VERSION, PACKED_DIGESTS, SOME_WRITERS, check_version
 from shardckpt.format.sealed import DIGEST_BYTES, digest, seal, unseal
 from shardckpt.format.shard_file import MAX_DIMS
 from shardckpt.geometry.array_spec import ArraySpec
@@ -71,7 +70,7 @@ class Files(msgspec.Struct, frozen=True, kw_only=True):
     digests: str
 
 
-class Manifest(msgspec.Struct, frozen=True, kw_only=True):
+class Manifest(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """One checkpoint.
 
     Attributes:
@@ -87,7 +86,9 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True):
         shapes: Global shape of each.
         roles: Role of each.
         layout_ids: Index into `layouts` of each.
-        owners: Which replica wrote each, or -1 for all, by share.
+        owners: Which replica wrote each, or the first that wrote a share, or -1: all did.
+        writers: How many wrote a share of each, from the owner on; with the feature `some-writers`
+            only, otherwise one.
         layouts: Distinct layouts.
         aliases: Tied key to stored key.
         objects: Values equal on all ranks, tagged JSON.
@@ -110,6 +111,7 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True):
     roles: list[str]
     layout_ids: list[int]
     owners: list[int]
+    writers: list[int] = []
     layouts: list[MeshColumn | BoxColumn]
     aliases: dict[str, str]
     objects: dict[str, msgspec.Raw]
@@ -127,6 +129,7 @@ class SavedTensor(msgspec.Struct, frozen=True):
     role: str
     layout: Layout
     owner: int
+    writers: int = 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -184,12 +187,12 @@ def tensors(manifest: Manifest, what: str = "manifest") -> dict[str, SavedTensor
         raise FormatError(f"{what}: {error}") from error
     columns = zip(
         manifest.keys, manifest.dtypes, manifest.shapes, manifest.roles, manifest.layout_ids,
-        manifest.owners, strict=True,
+        manifest.owners, manifest.writers or [1] * len(manifest.keys), strict=True,
     )  # fmt: skip
     spec_of = cache(ArraySpec)
     return {
-        key: SavedTensor(key, spec_of(tuple(shape), dtype), role, layouts[layout_id], owner)
-        for key, dtype, shape, role, layout_id, owner in columns
+        key: SavedTensor(key, spec_of(tuple(shape), dtype), role, layouts[layout_id], owner, count)
+        for key, dtype, shape, role, layout_id, owner, count in columns
     }
 
 
@@ -229,6 +232,11 @@ def joined_digests(digests: Sequence[str]) -> tuple[str, list[str]]:
     if len(digests) < _PACKED_FROM_FILES:
         return joined, []
     return base64.b64encode(bytes.fromhex(joined)).decode(), [PACKED_DIGESTS]
+
+
+def writers_column(writers: Sequence[int]) -> tuple[list[int], list[str]]:
+    """Return how many wrote each array as the manifest holds it, and the features of that."""
+    return (list(writers), [SOME_WRITERS]) if max(writers, default=1) > 1 else ([], [])
 
 
 def layout_column(layout: Layout) -> MeshColumn | BoxColumn:
@@ -312,6 +320,9 @@ def _problem(manifest: Manifest) -> str | None:
     )
     if any(len(column) != num for column in columns):
         return "the tensor columns differ in length"
+    has_writers = SOME_WRITERS in manifest.features
+    if len(manifest.writers) != (num if has_writers else 0) or min(manifest.writers, default=1) < 1:
+        return "the writers do not fit the tensors"
     if len(set(manifest.keys)) != num:
         return "a key is listed twice"
     if (

@@ -16,7 +16,8 @@ from shardckpt.format.sealed import digest, seal, unseal
 
 FORMAT_VERSION: Final = 1
 PACKED_DIGESTS: Final = "packed-digests"
-KNOWN_FEATURES: Final = frozenset({PACKED_DIGESTS})
+SOME_WRITERS: Final = "some-writers"
+KNOWN_FEATURES: Final = frozenset({PACKED_DIGESTS, SOME_WRITERS})
 MAX_ROOT_BYTES: Final = 1 << 20
 # What only a commit may not use: a takeover, a drop or an abort must fit behind the largest commit.
 _RESERVED_BYTES: Final = 1 << 16

@@ -27,7 +27,6 @@ from shardckpt.state import HostArray
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
 
-    from shardckpt.geometry.box import Shape
     from shardckpt.load.open import OpenCheckpoint, OpenFile
 
 READ_BYTES: Final = 8 << 20
@@ -144,14 +143,22 @@ def plan_load(checkpoint: OpenCheckpoint, wanted: Sequence[Wanted]) -> LoadPlan:
         StorageError: A table cannot be read.
     """
     pieces: dict[str, tuple[OpenFile, list[Piece]]] = {}
-    known: dict[tuple[int, Shape, Shape, Shape, int, int], list[_Share]] = {}
+    known: dict[tuple[object, ...], list[_Share]] = {}
     needed = 0
     for want in wanted:
         tensor = want.tensor
         item = tensor.spec.itemsize_bytes
         needed += want.box.num_elements * item
         box = want.box
-        case = (id(tensor.layout), box.offsets, box.shape, tensor.spec.shape, item, tensor.owner)
+        case = (
+            id(tensor.layout),
+            box.offsets,
+            box.shape,
+            tensor.spec.shape,
+            item,
+            tensor.owner,
+            tensor.writers,
+        )
         shares = known.get(case)
         if shares is None:
             shares = known[case] = list(_shares(want, item))
@@ -186,8 +193,8 @@ def _shares(want: Wanted, item: int) -> Iterator[_Share]:
         run = single_run(inner, shard.shape)
         target_run = single_run(common.relative_to(want.box), want.box.shape)
         nbytes = shard.num_elements * item
-        for replica in replicas_of(nbytes, len(ranks), tensor.owner, first, last):
-            start, stop = replica_share(nbytes, len(ranks), tensor.owner, replica)
+        for replica in replicas_of(nbytes, len(ranks), tensor.owner, tensor.writers, first, last):
+            start, stop = replica_share(nbytes, len(ranks), tensor.owner, tensor.writers, replica)
             if max(start, first) < min(stop, last):
                 yield _Share(
                     shard, ranks[replica], start, stop, inner,

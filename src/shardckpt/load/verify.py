@@ -72,7 +72,9 @@ def _coverage_problems(checkpoint: OpenCheckpoint) -> Iterator[str]:
         for shard, ranks in tensor.layout.shards_touching(whole(shape), shape):
             for replica, rank in enumerate(ranks):
                 nbytes = shard.num_elements * tensor.spec.itemsize_bytes
-                start, stop = replica_share(nbytes, len(ranks), tensor.owner, replica)
+                start, stop = replica_share(
+                    nbytes, len(ranks), tensor.owner, tensor.writers, replica
+                )
                 held = sum(
                     p.nbytes
                     for f in checkpoint.files_of(rank)

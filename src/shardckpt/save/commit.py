@@ -21,7 +21,13 @@ import msgspec
 
 from shardckpt.coord.base import Coord, wait_for
 from shardckpt.errors import FencedError, OutcomeUnknownError, SaveFailedError, StorageError
-from shardckpt.format.manifest import Files, Manifest, encode_manifest, joined_digests
+from shardckpt.format.manifest import (
+    Files,
+    Manifest,
+    encode_manifest,
+    joined_digests,
+    writers_column,
+)
 from shardckpt.format.root import FORMAT_VERSION, MANIFEST, Entry, Root
 from shardckpt.format.sealed import digest
 from shardckpt.save.messages import Answer, Asked, Hello, Outcome, Report
@@ -244,10 +250,11 @@ def _manifest(
     reports: Sequence[Report],
 ) -> Manifest:
     files = [f for report in reports for f in report.files]
-    digests, features = joined_digests([f.digest for f in files])
+    digests, packed = joined_digests([f.digest for f in files])
+    writers, some = writers_column(plan.writers)
     return Manifest(
         format=FORMAT_VERSION,
-        features=features,
+        features=[*packed, *some],
         store_id=described.store_id,
         attempt=answer.attempt,
         step=answer.step,
@@ -259,6 +266,7 @@ def _manifest(
         roles=plan.roles,
         layout_ids=plan.layout_ids,
         owners=plan.owners,
+        writers=writers,
         layouts=plan.layouts,
         aliases=plan.aliases,
         objects=objects,

@@ -27,7 +27,7 @@ from shardckpt.geometry.array_spec import ArraySpec
 from shardckpt.geometry.box import Box, Shape
 from shardckpt.geometry.layout import BoxLayout, Layout, MeshLayout, replicated
 from shardckpt.geometry.regions import coverage_problem
-from shardckpt.save.balance import choose_owners
+from shardckpt.save.balance import choose_writers
 from shardckpt.save.structure import BOXES, WHOLE, Structure
 
 if TYPE_CHECKING:
@@ -47,6 +47,7 @@ class GlobalPlan(msgspec.Struct, frozen=True, kw_only=True):
     roles: list[str]
     layout_ids: list[int]
     owners: list[int]
+    writers: list[int]
     layouts: list[MeshColumn | BoxColumn]
     aliases: dict[str, str]
     per_rank: dict[str, str]
@@ -203,6 +204,7 @@ def rank_plan(
     for leaf_index, leaf in enumerate(leaves):
         tensor = index_of[leaf.key]
         layout_id, owner = plan.layout_ids[tensor], plan.owners[tensor]
+        writers = plan.writers[tensor]
         column = plan.layouts[layout_id]
         if isinstance(column, MeshColumn):
             if layout_id not in mesh:
@@ -212,7 +214,7 @@ def rank_plan(
             for shard_index, shard in enumerate(leaf.shards):
                 replica, num = place or _replica_of_box(layout, shard.box, leaf.spec.shape, rank)
                 nbytes = shard.box.num_elements * leaf.spec.itemsize_bytes
-                start, stop = replica_share(nbytes, num, owner, replica)
+                start, stop = replica_share(nbytes, num, owner, writers, replica)
                 if start < stop:
                     pieces.append((leaf_index, shard_index, start, stop))
             continue
@@ -222,7 +224,7 @@ def rank_plan(
         for shard_index, shard in enumerate(leaf.shards):
             ranks = replicas[layout_id][shard.box]
             nbytes = shard.box.num_elements * leaf.spec.itemsize_bytes
-            start, stop = replica_share(nbytes, len(ranks), owner, ranks.index(rank))
+            start, stop = replica_share(nbytes, len(ranks), owner, writers, ranks.index(rank))
             if start < stop:
                 pieces.append((leaf_index, shard_index, start, stop))
     return _place_in_files(pieces, leaves, max_file_bytes)
@@ -273,7 +275,7 @@ def _columns(
         if id(layout) not in by_identity:
             by_identity[id(layout)] = ids.setdefault(layout, len(ids))
         layout_ids.append(by_identity[id(layout)])
-    owners = choose_owners([(layouts[key], *specs[key][:2]) for key in keys])
+    owners, writers = choose_writers([(layouts[key], *specs[key][:2]) for key in keys])
     return GlobalPlan(
         keys=keys,
         dtypes=[specs[key][0].dtype for key in keys],
@@ -281,6 +283,7 @@ def _columns(
         roles=[specs[key][1] for key in keys],
         layout_ids=layout_ids,
         owners=owners,
+        writers=writers,
         layouts=[layout_column(layout) for layout in ids],
         aliases=aliases,
         per_rank=per_rank,
