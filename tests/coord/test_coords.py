@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import itertools
 import threading
 import time
 from collections.abc import Callable
@@ -14,6 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from shardckpt.coord.base import AbortedWaitError, Coord, ask_again, wait_for
+from shardckpt.coord.bounded import WaitingCalls
 from shardckpt.coord.file import FileCoord, _safe_name
 from shardckpt.coord.session import Failure, Round, RoundFailedError
 from shardckpt.coord.single import SingleCoord
@@ -30,6 +32,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 Join = Callable[[int], Coord]
+_WAIT_S = 20.0
 
 
 @pytest.fixture(params=["memory-files", "files", "threads"])
@@ -125,6 +128,25 @@ def test_several_keys_come_at_once_or_as_far_as_they_are_there(join: Join) -> No
     one.set("b", b"2")
     assert other.get_many(["a", "b"]) == [b"1", b"2"]
     assert other.get_many([]) == []
+
+
+def test_a_wait_that_nobody_asks_for_again_gives_its_connection_back() -> None:
+    """The coordinator may get by another way what it waited for: for ever fewer could wait."""
+    connections = itertools.count()
+    calls = WaitingCalls(lambda: next(connections), 0)
+    over = threading.Event()
+    names = [f"wait {i}" for i in range(4)]
+    for name in names:
+        assert calls.has_room(name)
+        assert calls.call(name, lambda _: over.wait(_WAIT_S), 0.01) is None
+    assert not calls.has_room("another")
+    over.set()
+    deadline = time.monotonic() + _WAIT_S
+    while not calls.has_room("another") and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert calls.call("another", lambda connection: connection, _WAIT_S) in range(4)
+    assert next(connections) == 4
+    calls.close()
 
 
 def test_asking_again_gets_rarer_up_to_a_bound() -> None:

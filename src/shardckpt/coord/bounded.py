@@ -117,6 +117,7 @@ class WaitingCalls:
     def has_room(self, what: str) -> bool:
         """Return whether few enough waits were left behind that this one may begin, or goes on."""
         with self._lock:
+            self._take_back(what)
             return what in self._left or len(self._left) < _MAX_ABANDONED
 
     def call(self, what: str, call: Callable[[Any], T], timeout_s: float) -> T | None:
@@ -148,6 +149,16 @@ class WaitingCalls:
         with self._lock:
             self._idle.append(helper)
         return task.result
+
+    def _take_back(self, what: str) -> None:
+        """Take back the helpers of other waits that are over and that nobody asked for again."""
+        for name, (helper, task) in list(self._left.items()):
+            if name != what and task.done.is_set():
+                del self._left[name]
+                if task.error is None:
+                    self._idle.append(helper)
+                else:
+                    helper.stop()
 
     def close(self) -> None:
         """Let the helper threads end, each once its wait is over. Never raises."""
