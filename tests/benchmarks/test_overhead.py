@@ -104,9 +104,19 @@ def test_without_any_framework_it_says_what_to_install(tmp_path: Path, name: str
     assert list(tmp_path.iterdir()) == []
 
 
+def test_the_costs_in_the_readme_are_those_of_the_results(module: Any) -> None:
+    readme = (BENCHMARKS.parent / "README.md").read_text()
+    results = json.loads((BENCHMARKS / "results" / "overhead_vs_frequency.json").read_text())
+    assert module("report").with_costs(readme, results) == readme
+    for side in results["series"].values():
+        for name in side["systems"]:
+            assert name in readme
+
+
+@pytest.mark.slow
 @pytest.mark.multiproc
 @pytest.mark.timeout(300)
-@pytest.mark.parametrize("side", ["torch", pytest.param("jax", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("side", ["torch", "jax"])
 def test_overhead_has_a_figure_and_pictures_for_every_system(tmp_path: Path, side: str) -> None:
     needed = {"torch": ("torch",), "jax": ("jax", "optax", "grain", "orbax.checkpoint")}[side]
     for name in ("matplotlib", *needed):
@@ -131,6 +141,7 @@ def test_overhead_has_a_figure_and_pictures_for_every_system(tmp_path: Path, sid
             assert (path.parent / f"{picture}.{kind}").stat().st_size > 0
 
 
+@pytest.mark.slow
 @pytest.mark.multiproc
 @pytest.mark.timeout(300)
 def test_the_page_of_peers_has_a_row_for_every_system_or_a_reason(tmp_path: Path) -> None:
