@@ -190,16 +190,17 @@ def load_state(
             read_bytes = _read(meeting, round_)
             if not in_place:
                 _agree(round_, "read", Ok(), _all_ok, Ok)
+        with _poisoning(poisons=True):
+            try:
+                filling.place()
+                restored = backend.finish(targets, saved)
+            except Exception as error:
+                round_.fail(error, "placed")
+                raise
+            told = _agree(round_, "placed", Placed(read_bytes), _summed, Placed)
     finally:
+        # Not before all have read: what this rank has sent to another host may be on its way.
         meeting.close()
-    with _poisoning(poisons=True):
-        try:
-            filling.place()
-            restored = backend.finish(targets, saved)
-        except Exception as error:
-            round_.fail(error, "placed")
-            raise
-        told = _agree(round_, "placed", Placed(read_bytes), _summed, Placed)
     return restored, LoadStats(read_bytes, filling.plan.needed_bytes, told.read_bytes)
 
 
