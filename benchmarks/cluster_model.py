@@ -20,7 +20,7 @@ from scale_ours import PREFIX, SimulatedJob
 
 from shardckpt.coord.session import Round, RoundFailedError
 from shardckpt.errors import DeadlineError, StorageError
-from shardckpt.load.loader import HaveRead, Ok
+from shardckpt.load.loader import Ok, Placed
 from shardckpt.save.agree import Agreement
 from shardckpt.save.commit import Planner, commit_round
 from shardckpt.save.messages import Answer, Hello, Outcome, Report
@@ -306,8 +306,7 @@ class ModelledJob:
             clock.now_s = at + passed
         scenario.tell(float(np.median(done)), "median rank", "has read its part")
         scenario.tell(float(done.max()), "last rank", "has read its part")
-        self._agree(scenario, rounds, clocks, "read", HaveRead(int(unique)))
-        self._agree(scenario, rounds, clocks, "placed", Ok())
+        self._agree(scenario, rounds, clocks, "placed", Placed(int(unique)))
         scenario.last_rank_s = max(clock.now_s for clock in clocks)
         scenario.durable_s = scenario.last_rank_s
         scenario.outcomes = {"restored": self.world_size}

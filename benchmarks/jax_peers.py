@@ -61,6 +61,7 @@ RESTORED: Final = (
     OURS, "orbax, default", "orbax, no compression", "orbax, no OCDBT, no compression",
 )  # fmt: skip
 TURNS_OF_OURS: Final = 2
+SETTLE_S: Final = 0.5
 TIMEOUT_S: Final = 1500.0
 SMALL_ARRAYS: Final = 20_000
 SMALL_ROUNDS: Final = 2  # Orbax takes most of a minute for each.
@@ -310,6 +311,8 @@ class Bench:
             for name in names if round_ % 2 else names[::-1]:
                 seconds[name].append(self._save(name))
             if self._told.rank == 0 and patterns:
+                time.sleep(SETTLE_S)
+                os.sync()
                 speed = max(
                     fio.write(self._place / "fio", pattern, self.trainee.nbytes)
                     for pattern in patterns
@@ -327,6 +330,10 @@ class Bench:
             system.save(self._step, self.trainee.state)
             system.wait()
 
+        # What was written or deleted before, by whomever, is not to slow this one.
+        time.sleep(SETTLE_S)
+        if self._told.rank == 0:
+            os.sync()
         return _together(save)
 
     def restores(self, rounds: int) -> dict[str, list[float]]:

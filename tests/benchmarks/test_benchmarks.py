@@ -54,6 +54,7 @@ def result_of(output: str, path: Path) -> dict[str, Any]:
     return result
 
 
+@pytest.mark.slow
 @pytest.mark.multiproc
 @pytest.mark.timeout(300)
 def test_results_have_every_figure_and_the_report_shows_them(tmp_path: Path) -> None:
@@ -138,6 +139,7 @@ def test_scale_judges_every_bound_and_its_model_tells_every_outcome(tmp_path: Pa
     assert (results / "scale.svg").stat().st_size > 0
 
 
+@pytest.mark.slow
 @pytest.mark.multiproc
 @pytest.mark.timeout(120)
 def test_many_ranks_counts_what_real_processes_ask_of_their_store(tmp_path: Path) -> None:
