@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Final, Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 if TYPE_CHECKING:
@@ -68,8 +69,7 @@ class Trainee:
         """Make the state and compile the steps; all processes."""
         self.abstract = abstract(shapes_for(state_bytes), mesh)
         shardings = jax.tree.map(lambda leaf: leaf.sharding, self.abstract)
-        make = jax.jit(partial(_random, self.abstract), out_shardings=shardings)
-        self.state = jax.block_until_ready(make(jax.random.key(0)))
+        self.state = jax.block_until_ready(_random(self.abstract))
         self.nbytes = sum(leaf.nbytes for leaf in jax.tree.leaves(self.state))
         replicated = NamedSharding(mesh, PartitionSpec())
         # Every device multiplies for itself: no collective is part of a step.
@@ -93,14 +93,25 @@ class Trainee:
         return began, done
 
 
-def _random(like: dict[str, Any], key: jax.Array) -> dict[str, Any]:
-    def values(leaf: Any, salt: int) -> jax.Array:
-        if leaf.dtype == jnp.int32:
-            return jnp.zeros(leaf.shape, leaf.dtype)
-        return jax.random.normal(jax.random.fold_in(key, salt), leaf.shape, leaf.dtype)
+def _random(like: dict[str, Any]) -> dict[str, Any]:
+    def values(shape: tuple[int, ...], dtype: Any, salt: jax.Array) -> jax.Array:
+        if dtype == jnp.int32:
+            return jnp.zeros(shape, dtype)
+        return jax.random.normal(jax.random.fold_in(jax.random.key(0), salt), shape, dtype)
+
+    # One program for each kind of array: one for all of them takes minutes to compile.
+    makers: dict[Any, Any] = {}
+
+    def make(leaf: jax.ShapeDtypeStruct, salt: int) -> Any:
+        kind = (leaf.shape, leaf.dtype, leaf.sharding)
+        if kind not in makers:
+            makers[kind] = jax.jit(
+                partial(values, leaf.shape, leaf.dtype), out_shardings=leaf.sharding
+            )
+        return makers[kind](np.int32(salt))
 
     leaves, tree = jax.tree.flatten(like)
-    return jax.tree.unflatten(tree, [values(leaf, i) for i, leaf in enumerate(leaves)])
+    return jax.tree.unflatten(tree, [make(leaf, i) for i, leaf in enumerate(leaves)])
 
 
 def _compute(num_products: int, matrix: jax.Array) -> jax.Array:
