@@ -3,7 +3,9 @@
 Layer: shared by the sides of torch and JAX; imports neither. A run of `interval` saves before the
 step in the middle of each interval, so every save is followed by steps that it may disturb. Runs of
 one interval form a group: every system takes its turn in a drawn order, and before, between and
-after them are short runs without saves, which together are what the others are compared with.
+after them are short runs without saves. A step counts by how much longer it takes than the median
+of the undisturbed steps around it: those of the run in which no save is under way, and of the runs
+without saves before and after. So a machine that gets slower for a minute is not taken for a save.
 Deleting old checkpoints is not timed for peers; shardckpt deletes its own during the run.
 """
 
@@ -83,14 +85,18 @@ class Save:
     Attributes:
         pressure_s: Wait until another save may begin.
         call_s: The call.
+        step: Index in the run of the step before which it began.
         fence_s: What the next update waited.
         durable_s: From the begin until it was seen to be durable, at the end of a step.
+        steps: Steps that began until then.
     """
 
     pressure_s: float
     call_s: float
+    step: int
     fence_s: float = 0.0
     durable_s: float = 0.0
+    steps: int = 0
 
     @property
     def stall_s(self) -> float:
@@ -104,15 +110,19 @@ class Run:
 
     Attributes:
         steps: How many.
+        steps_s: Seconds of each, the save before it included.
         loop_s: Seconds of all steps and saves.
         drain_s: Seconds from there until the last save was durable.
         saves: Every save.
+        number: Place among the group's runs with saves.
     """
 
     steps: int
+    steps_s: list[float] = field(default_factory=list)
     loop_s: float = 0.0
     drain_s: float = 0.0
     saves: list[Save] = field(default_factory=list)
+    number: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -171,8 +181,10 @@ class Course:
             random.Random(f"{round_} {interval}").shuffle(order)
             steps = plan.steps[interval]
             idle = max(LEAST_IDLE_STEPS, min(MOST_IDLE_STEPS, steps // 4))
-            for name in [NONE, *(turn for system in order for turn in (system, NONE))]:
+            turns = [NONE, *(turn for system in order for turn in (system, NONE))]
+            for turn, name in enumerate(turns):
                 run = self._run(name, interval, idle if name == NONE else steps)
+                run.number = turn // 2
                 self.runs.setdefault((round_, interval, name), []).append(run)
             if self._rank == 0:
                 took_s = time.perf_counter() - began
@@ -187,18 +199,20 @@ class Course:
         began = time.perf_counter()
         begins: list[float] = []
         for i in range(steps):
+            step_began = time.perf_counter()
             self._step += 1
             saves_now = system is not None and i % interval == interval // 2
             if system is not None:
                 system.step_began(self._step)
                 if saves_now:
                     begins.append(time.perf_counter())
-                    run.saves.append(_save(system, self._step))
+                    run.saves.append(_save(system, self._step, i))
                     under_way = 0 if system.is_durable() else system.in_flight
                     _note_durable(run, begins, len(begins) - under_way)
             fence_s = trainee.step()
             if saves_now:
                 run.saves[-1].fence_s = fence_s
+            run.steps_s.append(time.perf_counter() - step_began)
             if system is not None and begins and system.is_durable():
                 _note_durable(run, begins, len(begins))
         run.loop_s = time.perf_counter() - began
@@ -214,19 +228,21 @@ class Course:
         return run
 
 
-def _save(system: Saves, step: int) -> Save:
+def _save(system: Saves, step: int, index: int) -> Save:
     began = time.perf_counter()
     system.make_room()
     ready = time.perf_counter()
     system.save(step)
-    return Save(ready - began, time.perf_counter() - ready)
+    return Save(ready - began, time.perf_counter() - ready, index)
 
 
 def _note_durable(run: Run, begins: list[float], num: int) -> None:
     """Note for each of the first saves that was not durable before that it is now."""
     now = time.perf_counter()
     for save, began in list(zip(run.saves, begins, strict=True))[: max(0, num)]:
-        save.durable_s = save.durable_s or now - began
+        if not save.durable_s:
+            save.durable_s = now - began
+            save.steps = max(1, len(run.steps_s) - save.step)
 
 
 def _nothing() -> None:
@@ -235,11 +251,13 @@ def _nothing() -> None:
 
 @dataclass(slots=True)
 class Found:
-    """One system at one interval; a value per round or per save.
+    """One system at one interval.
 
     Attributes:
-        overheads: Time of the loop over that of as many steps without saves, less 1; per round.
-        costs_s: Seconds that the loop took longer, per save; per round.
+        overheads: Seconds that saves make the steps longer, as a share of those without; one value.
+        costs_s: The same per save; one value.
+        loop_overheads: Time of the loop over that of as many steps of the runs without saves beside
+            it, less 1; per round, for who would rather have the plain time.
         stalls_s: Of every save, on the rank that stood still longest.
         pressures_s: The back-pressure in it.
         durables_s: Of every save until it was durable.
@@ -248,6 +266,7 @@ class Found:
 
     overheads: list[float] = field(default_factory=list)
     costs_s: list[float] = field(default_factory=list)
+    loop_overheads: list[float] = field(default_factory=list)
     stalls_s: list[float] = field(default_factory=list)
     pressures_s: list[float] = field(default_factory=list)
     durables_s: list[float] = field(default_factory=list)
@@ -266,7 +285,7 @@ class Judged:
     """All of one side.
 
     Attributes:
-        step_s: A step without saves; median over groups.
+        step_s: A step without saves; median over runs.
         noise: Standard deviation of a group's runs without saves, as a share; median.
         found: By system and interval.
     """
@@ -279,38 +298,72 @@ class Judged:
 def judge(
     ranks: Sequence[Mapping[tuple[int, int, str], list[Run]]], names: Sequence[str]
 ) -> Judged:
-    """Compare every run with those without saves of its group; of ranks the slowest counts.
+    """Compare steps in which saves are under way with those around; of ranks the slowest counts.
+
+    Of steps that are equally long after a save the median counts, over all saves and rounds.
 
     Args:
         ranks: What each rank's course kept.
         names: The order of the systems in the answer.
     """
-    steps_s: dict[tuple[int, int], float] = {}
+    bases_s: list[float] = []
     noises = []
-    for (round_, interval, name), runs in ranks[0].items():
-        if name != NONE:
-            continue
-        of = [max(r[round_, interval, NONE][i].loop_s for r in ranks) for i in range(len(runs))]
-        steps_s[round_, interval] = sum(of) / sum(run.steps for run in runs)
-        noises.append(statistics.stdev(of) / statistics.fmean(of))
     found: dict[str, dict[int, Found]] = {}
+    # By system and interval, then by steps since the save: how much longer a step took, as a share.
+    longer: dict[tuple[str, int], dict[int, list[float]]] = {}
     for (round_, interval, name), runs in ranks[0].items():
+        of_ranks = [r[round_, interval, name] for r in ranks]
         if name == NONE:
+            loops_s = [max(r.loop_s for r in each) for each in zip(*of_ranks, strict=True)]
+            noises.append(statistics.stdev(loops_s) / statistics.fmean(loops_s))
             continue
         into = found.setdefault(name, {}).setdefault(interval, Found())
+        idle = [r[round_, interval, NONE] for r in ranks]
         for i, run in enumerate(runs):
-            of_ranks = [r[round_, interval, name][i] for r in ranks]
-            idle_s = run.steps * steps_s[round_, interval]
-            extra_s = max(r.loop_s for r in of_ranks) - idle_s
-            into.overheads.append(extra_s / idle_s)
-            into.costs_s.append(extra_s / len(run.saves))
-            into.drains_s.append(max(r.drain_s for r in of_ranks))
-            for saves in zip(*(r.saves for r in of_ranks), strict=True):
+            each = [r[i] for r in of_ranks]
+            beside = [
+                step_s
+                for number in (run.number, run.number + 1)
+                for step_s in _slowest([r[number] for r in idle])
+            ]
+            disturbed = _disturbed(each)
+            steps_s = _slowest(each)
+            free = [s for at, s in enumerate(steps_s) if at not in disturbed]
+            base_s = statistics.median(beside + free)
+            bases_s.append(base_s)
+            for at, since in disturbed.items():
+                of = longer.setdefault((name, interval), {}).setdefault(since, [])
+                of.append(steps_s[at] / base_s - 1)
+            idle_s = run.steps * statistics.fmean(beside)
+            into.loop_overheads.append(max(r.loop_s for r in each) / idle_s - 1)
+            into.drains_s.append(max(r.drain_s for r in each))
+            for saves in zip(*(r.saves for r in each), strict=True):
                 into.stalls_s.append(max(s.stall_s for s in saves))
                 into.pressures_s.append(max(s.pressure_s for s in saves))
                 into.durables_s.append(max(s.durable_s for s in saves))
+    step_s = statistics.median(bases_s)
+    for (name, interval), of_steps in longer.items():
+        into = found[name][interval]
+        steps = sum(len(of) * statistics.median(of) for of in of_steps.values())
+        into.costs_s.append(step_s * steps / len(into.stalls_s))
+        into.overheads.append(into.costs_s[0] / (interval * step_s))
     ordered = {name: found[name] for name in names if name in found}
-    return Judged(statistics.median(steps_s.values()), statistics.median(noises), ordered)
+    return Judged(step_s, statistics.median(noises), ordered)
+
+
+def _slowest(of_ranks: Sequence[Run]) -> list[float]:
+    """Return the seconds of each step on the rank that took longest."""
+    return [max(steps) for steps in zip(*(run.steps_s for run in of_ranks), strict=True)]
+
+
+def _disturbed(of_ranks: Sequence[Run]) -> dict[int, int]:
+    """Return the steps in which a save was under way, and how many steps ago the last one began."""
+    since: dict[int, int] = {}
+    for saves in zip(*(run.saves for run in of_ranks), strict=True):
+        begin = saves[0].step
+        for at in range(begin, min(begin + max(s.steps for s in saves), of_ranks[0].steps)):
+            since[at] = at - begin
+    return since
 
 
 def open_systems(

@@ -3,9 +3,10 @@
 `python benchmarks/overhead_vs_frequency.py [--gib 0.3] [--intervals 1 2 5 10 20 50 100] [--quick]`
 
 The FSDP2 example trains on 2 ranks and the pjit example on 8 devices of one process, both bound by
-computing, with a save every so many steps. Overhead is the time of the loop over that of as many
-steps without saves, less 1; the wait for the last save, the drain, is told apart. Every system
-takes its turn with every interval between runs without saves; medians over rounds. All make
+computing, with a save every so many steps. Overhead is by how much the steps under a save, and the
+saves, are longer than steps without, over the time without saves; medians over saves and rounds
+(`overhead_runs`). The wait for the last save, the drain, is told apart. Every system takes its turn
+with every interval between runs without saves. All make
 their files durable: DCP by its own default, `torch.save` by a flush that is counted. At the
 end every system saves, loads from the disk, and is compared bit for bit.
 

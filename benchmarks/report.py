@@ -65,19 +65,20 @@ def main() -> int:
         for picture in _pictures(name, result.get("series", {}), place):
             lines += ["", f"![{picture}]({picture})"]
     (place / "README.md").write_text("\n".join(lines) + "\n")
-    if place == here and "overhead_vs_frequency" in results:
-        README.write_text(with_costs(README.read_text(), results["overhead_vs_frequency"]))
+    if place == here:
+        README.write_text(with_costs(README.read_text(), results.get("overhead_vs_frequency")))
     return 0
 
 
-def with_costs(readme: str, overheads: dict[str, Any]) -> str:
-    """Return the README with the costs of these results between its marks.
+def with_costs(readme: str, overheads: dict[str, Any] | None) -> str:
+    """Return the README with the costs of these results, if there are any, between its marks.
 
     Raises:
         ValueError: A mark is missing.
     """
     begin, end = readme.index(COSTS_BEGIN) + len(COSTS_BEGIN), readme.index(COSTS_END)
-    return readme[:begin] + "\n" + "\n".join(_costs(overheads)) + "\n" + readme[end:]
+    lines = [] if overheads is None else _costs(overheads)
+    return readme[:begin] + "\n" + "".join(f"{line}\n" for line in lines) + readme[end:]
 
 
 def _costs(overheads: dict[str, Any]) -> list[str]:
