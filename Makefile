@@ -13,7 +13,7 @@ PINS := $(VENV)/constraints.txt
 setup: $(STAMP)
 
 $(STAMP): $(SOURCES)
-	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	test -x $(BIN)/pip || $(PYTHON) -m venv $(VENV)
 	grep -v '^torch==' constraints.txt > $(PINS)
 	$(BIN)/python -m pip install --quiet --upgrade -c $(PINS) pip scikit-build-core nanobind cmake ninja
 	$(BIN)/python -c 'import torch' 2>/dev/null || $(BIN)/python -m pip install --quiet -c $(PINS) '$(TORCH)'
@@ -53,7 +53,7 @@ bench-peers: $(PEERS)/.stamp
 
 $(PEERS)/.stamp: $(SOURCES)
 	mkdir -p build
-	test -x $(PEERS)/bin/python || $(PYTHON) -m venv $(PEERS)
+	test -x $(PEERS)/bin/pip || $(PYTHON) -m venv $(PEERS)
 	grep -v '^torch==' constraints.txt > $(PEERS)/constraints.txt
 	$(PEERS)/bin/python -m pip install --quiet --upgrade -c $(PEERS)/constraints.txt pip scikit-build-core nanobind cmake ninja
 	$(PEERS)/bin/python -c 'import torch' 2>/dev/null || $(PEERS)/bin/python -m pip install --quiet '$(TORCH)'
