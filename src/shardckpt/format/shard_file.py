@@ -206,6 +206,8 @@ def _check_columns(table: Table, what: str) -> None:
         len(table.keys) == len(table.dtypes) == len(table.shapes)
     ):
         raise CorruptCheckpointError(f"{what}: the table's columns differ in length")
+    if len(set(table.keys)) != len(table.keys):
+        raise CorruptCheckpointError(f"{what}: the table lists a key twice")
     if payloads and not 0 <= min(table.key_ids) <= max(table.key_ids) < len(table.keys):
         raise CorruptCheckpointError(f"{what}: a payload belongs to no key of the table")
     if max(map(len, table.shapes), default=0) > MAX_DIMS:
