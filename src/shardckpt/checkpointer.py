@@ -36,6 +36,7 @@ from shardckpt.load.loader import (
     LoadStats,
     PoisonError,
     describe_differences,
+    fail_load,
     load_state,
 )
 from shardckpt.load.open import OpenCheckpoint
@@ -492,7 +493,7 @@ def _read(
         try:
             checkpoint = OpenCheckpoint(storage, chosen.attempt, chosen.manifest)
         except Exception as error:
-            round_.fail(error, "checked")
+            fail_load(round_, error, "checked")
             raise
         try:
             loaded = load_state(backend, state, checkpoint, round_, options, together)

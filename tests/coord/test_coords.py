@@ -185,6 +185,19 @@ def test_the_coordinator_passes_a_failure_on_to_those_who_wait_for_its_word() ->
     assert not hub.values
 
 
+def test_a_coordinator_hears_of_a_failure_where_it_waits_for_a_message() -> None:
+    """Not only when it looks, and no wait is left behind."""
+    hub = MemoryCoordHub(2)
+    Round(hub.coord(1), "r", "step 1", 60.0).fail(OSError("disk"), "asked", gathered=("report",))
+    assert hub.coord(0).get("r/asked") is None
+    hub.coord(0).delete("r/error")
+    round_ = Round(hub.coord(0), "r", "step 1", 60.0)
+    round_.publish("report/0", Failure("a", 0, "message"))
+    with pytest.raises(RoundFailedError, match="disk") as caught:
+        round_.gather("report", Failure, what="report")
+    assert caught.value.failure.rank == 1
+
+
 def test_a_rank_that_fails_is_heard_of_where_the_coordinator_is_gone() -> None:
     hub = MemoryCoordHub(3)
     Round(hub.coord(1), "r", "step 1", 60.0).fail(OSError("disk"))

@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 import threading
+import time
 from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
@@ -505,13 +506,22 @@ def test_a_storage_slower_than_the_interval_is_said_once(
         JobOptions(on_busy=cast("Any", on_busy)),
     )
 
+    def told() -> list[str]:
+        return [r.getMessage() for r in caplog.records if "slower" in r.msg or "longer" in r.msg]
+
+    def open_once_told() -> None:
+        deadline = time.monotonic() + _WAIT_S
+        while not told() and time.monotonic() < deadline:
+            time.sleep(0.01)
+        gate.open.set()
+
     def save_all(core: CheckpointerCore, rank: int) -> list[bool]:
         handles = [core.save(1, _state(rank, 2))]
         if rank == 0:
             assert gate.reached.wait(_WAIT_S)
         handles.append(core.save(2, _state(rank, 2)))
         # With "wait" the third returns only when the first is committed.
-        opens = threading.Timer(0.2, gate.open.set)
+        opens = threading.Thread(target=open_once_told)
         opens.start()
         handles += [core.save(step, _state(rank, 2)) for step in (3, 4)]
         opens.join()
@@ -520,7 +530,6 @@ def test_a_storage_slower_than_the_interval_is_said_once(
     outcomes = raised(job.each(save_all))
     assert outcomes[0] == outcomes[1]
     assert outcomes[0][:2] == [True, True]
-    told = [r.getMessage() for r in caplog.records if "slower" in r.msg or "longer" in r.msg]
-    assert len(told) == 1, told
-    assert "the storage takes longer than the interval between saves" in told[0]
+    assert len(told()) == 1, told()
+    assert "the storage takes longer than the interval between saves" in told()[0]
     assert job.close() == [None] * 2

@@ -153,3 +153,13 @@ def load_while_a_host_dies(told: RankContext, store: Path) -> tuple[str, str, fl
     found = outcome(lambda began: load(store, "dies", f"{store}/{told.rank}", began=began))
     sys.stdout.flush()
     return found
+
+
+def load_while_hosts_connect_and_one_dies(told: RankContext, store: Path) -> tuple[str, str, float]:
+    join(told)
+    save(store)
+    if told.rank == 2:
+        GlooExchange.connect = lambda _self: os.kill(os.getpid(), signal.SIGKILL)
+    return outcome(
+        lambda began: load(store, "dies", f"{store}/{told.rank}", timeout_s=8.0, began=began)
+    )

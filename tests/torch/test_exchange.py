@@ -56,5 +56,18 @@ def test_a_host_that_dies_is_named(tmp_path: Path) -> None:
         assert seconds < ranks.TIMEOUT_S / 2
 
 
+@pytest.mark.crash
+def test_a_host_that_dies_while_all_connect_is_named(tmp_path: Path) -> None:
+    """Gloo itself would try for minutes."""
+    ranks = _ranks()
+    results = run_ranks(
+        4, ranks.load_while_hosts_connect_and_one_dies, tmp_path, timeout_s=100, may_die=[2]
+    )
+    for kind, message, seconds in (results[0], results[1], results[3]):
+        assert kind == "DeadlineError"
+        assert "from rank 2 of 4" in message
+        assert seconds < 20
+
+
 def test_one_process_has_nobody_to_exchange_with() -> None:
     assert default_exchange(1.0) is None

@@ -1,9 +1,9 @@
 """One job's messages over the key-value store: typed, namespaced, with named waits.
 
 Layer: coord. Message `topic/rank` of round `n` lives under `<job>/<kind>/<n>/`. The first failure
-of any rank is published under `error` of its round and ends every wait of that round: the
-coordinator, which gathers, looks there many times a second, and tells those who wait for its word
-under the very topic that they wait for.
+of any rank is published under `error` of its round and ends every wait of that round, and under the
+topics that others wait for, or will: the coordinator's word, or this rank's message to the
+coordinator, which hears of it at once where it waits for this one and else within the second.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from shardckpt.coord.base import AbortedWaitError, Coord, wait_for
 from shardckpt.errors import DeadlineError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Collection
 
 M = TypeVar("M", bound=msgspec.Struct)
 _FAILED: Final = b"!"  # No JSON begins with it.
@@ -88,20 +88,21 @@ class Round:
         self._topics.add(topic)
         self._coord.set(self._key(topic), msgspec.json.encode(message))
 
-    def fail(self, error: BaseException, *topics: str) -> Failure:
+    def fail(self, error: BaseException, *topics: str, gathered: Collection[str] = ()) -> Failure:
         """Publish this rank's first error, which ends every other rank's wait; return it.
 
         Args:
             error: The error; where it came from another rank, that one's failure is passed on.
             topics: What the other ranks wait for, or will, from the coordinator.
+            gathered: What the coordinator gathers, or will, from all ranks.
         """
         if isinstance(error, RoundFailedError):
             failure = error.failure
         else:
             failure = Failure(type(error).__name__, self.rank, str(error))
             self.publish("error", failure)
-        for topic in topics:
-            if self.rank == 0 and topic not in self._topics:
+        for topic in topics if self.rank == 0 else [f"{name}/{self.rank}" for name in gathered]:
+            if topic not in self._topics:
                 self._topics.add(topic)
                 self._coord.set(self._key(topic), _FAILED + msgspec.json.encode(failure))
         return failure
@@ -138,8 +139,7 @@ class Round:
             )
         except AbortedWaitError as aborted:
             raise RoundFailedError(msgspec.json.decode(aborted.value, type=Failure)) from None
-        if data[:1] == _FAILED:
-            raise RoundFailedError(msgspec.json.decode(data[1:], type=Failure))
+        _raise_failed(data)
         return msgspec.json.decode(data, type=kind)
 
     def gather(self, topic: str, kind: type[M], *, what: str, hint: str = "") -> list[M]:
@@ -165,6 +165,7 @@ class Round:
             for data in self._coord.get_many([self._key(f"{topic}/{rank}") for rank in ranks]):
                 if data is None:
                     break
+                _raise_failed(data)
                 messages.append(decode(data))
             if len(messages) > first:
                 look_s = _LOOK_FIRST_S
@@ -178,6 +179,7 @@ class Round:
                 raise self._absent(topic, what, hint)
             data = self._coord.wait(self._key(f"{topic}/{first}"), min(look_s, remaining_s))
             if data is not None:
+                _raise_failed(data)
                 messages.append(decode(data))
             look_s = min(2 * look_s, _LOOK_MOST_S)
         return messages
@@ -200,6 +202,11 @@ class Round:
 
     def _key(self, topic: str) -> str:
         return f"{self._prefix}/{topic}"
+
+
+def _raise_failed(data: bytes) -> None:
+    if data[:1] == _FAILED:
+        raise RoundFailedError(msgspec.json.decode(data[1:], type=Failure))
 
 
 def _listed(ranks: list[int]) -> str:

@@ -18,7 +18,7 @@ from __future__ import annotations
 import logging
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 import msgspec
 
@@ -26,6 +26,7 @@ from shardckpt.backend import Backend, SavedLeaf, SavedState, Targets
 from shardckpt.coord.session import Failure, Round, RoundFailedError
 from shardckpt.errors import DeadlineError, ShardckptError, error_named
 from shardckpt.geometry.layout import BoxLayout, Layout
+from shardckpt.load.between import CONNECT_SHARE
 from shardckpt.load.cast import Temporary, allocate
 from shardckpt.load.check import is_wanted, mismatches, raise_mismatch, target_names
 from shardckpt.load.expand import Source, expand, filled
@@ -54,6 +55,7 @@ if TYPE_CHECKING:
 
 M = TypeVar("M", bound=msgspec.Struct)
 R = TypeVar("R", bound=msgspec.Struct)
+_GRACE: Final = 1.1
 _logger = logging.getLogger("shardckpt")
 
 
@@ -173,7 +175,7 @@ def load_state(
         filling = _Filling(backend, targets, saved, checkpoint, options, mapped)
         meeting = Meeting(filling.plan, round_.rank, together)
     except Exception as error:
-        round_.fail(error, "checked")
+        fail_load(round_, error, "checked")
         raise
     try:
         _meet(meeting, round_)
@@ -195,13 +197,18 @@ def load_state(
                 filling.place()
                 restored = backend.finish(targets, saved)
             except Exception as error:
-                round_.fail(error, "placed")
+                fail_load(round_, error, "placed")
                 raise
             told = _agree(round_, "placed", Placed(read_bytes), _summed, Placed)
     finally:
         # Not before all have read: what this rank has sent to another host may be on its way.
         meeting.close()
     return restored, LoadStats(read_bytes, filling.plan.needed_bytes, told.read_bytes)
+
+
+def fail_load(round_: Round, error: Exception, *phases: str) -> None:
+    """Tell all ranks, which will not come through these phases."""
+    round_.fail(error, *phases, gathered=phases)
 
 
 def _meet(meeting: Meeting, round_: Round) -> None:
@@ -213,7 +220,10 @@ def _meet(meeting: Meeting, round_: Round) -> None:
     if round_.world_size == 1:
         return
     if meeting.meet(_agree(round_, "checked", meeting.visitor(), gathered, Visitors)):
-        meeting.settle(_agree(round_, "prepared", meeting.link(), all_linked, AllLinked))
+        grace = _GRACE + CONNECT_SHARE  # The coordinator may begin to gather that much later.
+        meeting.settle(
+            _agree(round_, "prepared", meeting.link(), all_linked, AllLinked, grace=grace)
+        )
 
 
 def _read(meeting: Meeting, round_: Round) -> int:
@@ -228,10 +238,10 @@ def _read(meeting: Meeting, round_: Round) -> int:
         failure = round_.wait(
             "error", Failure, what="the error of the rank that failed", heed_errors=False
         )
-        round_.fail(RoundFailedError(failure), "read", "placed")
+        fail_load(round_, RoundFailedError(failure), "read", "placed")
         raise _from_rank(failure) from None
     except Exception as error:
-        round_.fail(error, "read", "placed")
+        fail_load(round_, error, "read", "placed")
         raise
 
 
@@ -376,7 +386,15 @@ class _Filling:
             self._backend.placed(shard.data, host)
 
 
-def _agree(round_: Round, phase: str, mine: M, merge: Callable[[list[M]], R], kind: type[R]) -> R:
+def _agree(
+    round_: Round,
+    phase: str,
+    mine: M,
+    merge: Callable[[list[M]], R],
+    kind: type[R],
+    *,
+    grace: float = _GRACE,
+) -> R:
     """Learn that all ranks came through a phase.
 
     Args:
@@ -385,6 +403,7 @@ def _agree(round_: Round, phase: str, mine: M, merge: Callable[[list[M]], R], ki
         mine: What this rank tells.
         merge: What the coordinator makes of what all ranks told; every rank learns it.
         kind: Type of that.
+        grace: Factor on the deadline of those who wait for the coordinator.
 
     Raises:
         ShardckptError: Another rank failed.
@@ -394,7 +413,7 @@ def _agree(round_: Round, phase: str, mine: M, merge: Callable[[list[M]], R], ki
         round_.publish(f"{phase}/{round_.rank}", mine)
         if round_.rank != 0:
             what = f"all ranks to have {phase} the checkpoint"
-            return round_.wait(phase, kind, what=what, grace=1.1)
+            return round_.wait(phase, kind, what=what, grace=grace)
         told = round_.gather(
             phase,
             type(mine),
@@ -404,12 +423,12 @@ def _agree(round_: Round, phase: str, mine: M, merge: Callable[[list[M]], R], ki
         merged = merge(told)
         round_.publish(phase, merged)
     except RoundFailedError as failed:
-        round_.fail(failed, phase)
+        fail_load(round_, failed, phase)
         raise _from_rank(failed.failure) from None
     except DeadlineError as late:
         if round_.rank == 0:
             # Only the coordinator knows who is missing; without this the others could not say it.
-            round_.fail(late, phase)
+            fail_load(round_, late, phase)
         raise
     return merged
 

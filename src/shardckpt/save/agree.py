@@ -69,7 +69,7 @@ class Agreement:
     def failed(self, round_: Round, step: int, attempt: str, error: Exception) -> Outcome:
         """Agree on a failure: the coordinator decides by the log; others are told, or ask it."""
         try:
-            round_.fail(error, "asked", "answer")
+            round_.fail(error, "asked", "answer", gathered=("hello", "report"))
             if not self._is_coordinator and not isinstance(error, DeadlineError):
                 return self.told(round_)
         except DeadlineError as late:

@@ -470,7 +470,7 @@ class Saver:
 
     def _give_up_early(self, round_: Round, handle: SaveHandle, error: Exception) -> None:
         """Fail a save that was never staged: tell the others, raise if there are none."""
-        round_.fail(error, "asked", "answer")
+        round_.fail(error, "asked", "answer", gathered=("hello", "report"))
         if self._is_coordinator:
             # Ranks that staged wait for an outcome, not for an error.
             kind, message = kind_and_message(error)

@@ -7,13 +7,16 @@ traffic never meets it.
 
 from __future__ import annotations
 
-import time
+import threading
 import warnings
+from concurrent.futures import Future
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, Final, final
 
 import torch
 from torch import distributed
+
+from shardckpt.load.between import CONNECT_SHARE
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -36,11 +39,6 @@ def default_exchange(timeout_s: float) -> Exchange | None:
     return GlooExchange(timeout_s)
 
 
-# Calls of failed loads that their other side may still be in, until the deadline of its call; the
-# next load lets go of them.
-_unended: Final[list[tuple[float, dict[Any, torch.Tensor]]]] = []
-
-
 @final
 class GlooExchange:
     """Sends and receives between the ranks of torch's default group."""
@@ -53,8 +51,7 @@ class GlooExchange:
         """
         self._timeout = timedelta(seconds=timeout_s)
         self._group: Any = None
-        # gloo stops reading a connection when the memory of a message is gone, which would keep its
-        # sender inside a call until its deadline: what was begun is kept.
+        # The memory of a message must stay as long as gloo may touch it.
         self._begun: dict[Any, torch.Tensor] = {}
 
     def connect(self) -> None:
@@ -63,18 +60,30 @@ class GlooExchange:
         Raises:
             RuntimeError: Not all ranks came, or they cannot reach each other.
         """
-        now = time.monotonic()
-        _unended[:] = [(deadline, begun) for deadline, begun in _unended if deadline > now]
-        self._group = distributed.new_group(backend="gloo", timeout=self._timeout)
+        made: Future[Any] = Future()
+        # Where a rank dies meanwhile, gloo tries again several times as long as its timeout.
+        threading.Thread(
+            target=self._make_group, args=(made,), name="shardckpt-connect", daemon=True
+        ).start()
+        limit_s = CONNECT_SHARE * self._timeout.total_seconds()
+        try:
+            self._group = made.result(limit_s)
+        except TimeoutError:
+            if made.cancel():
+                raise RuntimeError(f"the ranks were not connected within {limit_s:g} s") from None
+            self._group = made.result()
 
-    def send(self, rank: int, data: memoryview, tag: int) -> Callable[[], None]:
-        """Begin to send to a rank that receives with the same tag; return what ends it.
+    def send(self, rank: int, data: memoryview, tag: int) -> None:
+        """Begin to send to a rank that receives with the same tag.
+
+        Nobody waits for its end: where the other rank dies meanwhile, gloo does not end it before
+        its deadline.
 
         Raises:
             RuntimeError: The other rank is gone.
         """
         tensor = _tensor(data)
-        return self._ending(distributed.isend(tensor, rank, self._group, tag), tensor)
+        self._begun[distributed.isend(tensor, rank, self._group, tag)] = tensor
 
     def receive(self, rank: int, data: memoryview, tag: int) -> Callable[[], None]:
         """Begin to fill memory, its last byte last; return what ends it, once all has come.
@@ -83,7 +92,26 @@ class GlooExchange:
             RuntimeError: The other rank is gone.
         """
         tensor = _tensor(data)
-        return self._ending(distributed.irecv(tensor, rank, self._group, tag), tensor)
+        work: Any = distributed.irecv(tensor, rank, self._group, tag)
+        self._begun[work] = tensor
+
+        def end() -> None:
+            work.wait(self._timeout)
+            del self._begun[work]
+
+        return end
+
+    def _make_group(self, made: Future[Any]) -> None:
+        try:
+            group = distributed.new_group(backend="gloo", timeout=self._timeout)
+        except Exception as error:  # Raised by the thread that connects.
+            if made.set_running_or_notify_cancel():
+                made.set_exception(error)
+            return
+        if made.set_running_or_notify_cancel():
+            made.set_result(group)
+        else:
+            distributed.destroy_process_group(group)
 
     def check(self, rank: int) -> None:
         """See whether a rank is still there: gloo refuses to receive from one that is gone.
@@ -94,26 +122,15 @@ class GlooExchange:
         distributed.irecv(torch.empty(1, dtype=torch.uint8), rank, self._group, _NEVER_SENT)
 
     def close(self) -> None:
-        """Take the group apart. Never raises.
-
-        Where a load failed, others may still send what this rank has begun to receive.
-        """
+        """Take the group apart. Never raises."""
         group, self._group = self._group, None
-        if self._begun:
-            deadline = time.monotonic() + self._timeout.total_seconds()
-            _unended.append((deadline, self._begun))
-            self._begun = {}
+        begun, self._begun = self._begun, {}
+        tensors = list(begun.values())
+        # gloo lets go of the memory before the memory goes.
+        begun.clear()
+        tensors.clear()
         if group is not None:
             distributed.destroy_process_group(group)
-
-    def _ending(self, work: Any, tensor: torch.Tensor) -> Callable[[], None]:
-        self._begun[work] = tensor
-
-        def end() -> None:
-            work.wait(self._timeout)
-            del self._begun[work]
-
-        return end
 
 
 def _tensor(data: memoryview) -> torch.Tensor:
