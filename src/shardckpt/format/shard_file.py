@@ -12,8 +12,8 @@ from __future__ import annotations
 import base64
 import binascii
 import struct
-from itertools import chain
-from typing import Final
+from itertools import accumulate
+from typing import TYPE_CHECKING, Annotated, Final, TypeAlias
 
 import msgspec
 
@@ -21,6 +21,9 @@ from shardckpt import native
 from shardckpt.errors import CorruptCheckpointError, FormatError
 from shardckpt.format.root import FORMAT_VERSION, check_version
 from shardckpt.format.sealed import digest
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
 
 CHUNK_BYTES: Final = 64 * 1024
 PAGE_BYTES: Final = 4096
@@ -38,7 +41,8 @@ _TRAILER_MAGIC: Final = b"KCDRAHS\x01"
 _HEADER: Final = struct.Struct("<8sIIQ128sI")
 # magic, table offset, table bytes, digest of the table (hex), crc of everything before
 _TRAILER: Final = struct.Struct("<8sQQ32sI")
-_MAX_INT: Final = (1 << 63) - 1
+Count: TypeAlias = Annotated[int, msgspec.Meta(ge=0, le=(1 << 63) - 1)]
+_Shape: TypeAlias = Annotated[list[Count], msgspec.Meta(max_length=MAX_DIMS)]
 
 
 class Table(msgspec.Struct, frozen=True, kw_only=True):
@@ -73,12 +77,12 @@ class Table(msgspec.Struct, frozen=True, kw_only=True):
     file: int
     keys: list[str]
     dtypes: list[str]
-    shapes: list[list[int]]
-    key_ids: list[int]
-    boxes: list[int]
-    starts: list[int]
-    lengths: list[int]
-    offsets: list[int]
+    shapes: list[_Shape]
+    key_ids: list[Count]
+    boxes: list[Count]
+    starts: list[Count]
+    lengths: list[Count]
+    offsets: list[Count]
     crcs: str
     per_rank: dict[str, msgspec.Raw]
 
@@ -100,7 +104,7 @@ def check_header(data: bytes, *, attempt: str, rank: int, file: int, what: str) 
         raise CorruptCheckpointError(f"{what}: not a shard file (no header)")
     head = data[: _HEADER.size]
     _, version, said_rank, said_file, said_attempt, crc = _HEADER.unpack(head)
-    if native.crc32c(head[:-4]) != crc or any(data[_HEADER.size : HEADER_BYTES]):
+    if native.crc32c(head[:-4]) != crc or data[_HEADER.size : HEADER_BYTES].strip(b"\0"):
         raise CorruptCheckpointError(f"{what}: the header's checksum does not match")
     check_version(version, [], what)
     said = (said_attempt.rstrip(b"\0").decode("ascii", "replace"), said_rank, said_file)
@@ -132,7 +136,7 @@ def decode_trailer(data: bytes, file_bytes: int, what: str) -> tuple[int, int, s
             f"{what}: no trailer at the end of {file_bytes} bytes; truncated or extended"
         )
     _, offset, nbytes, table_digest, crc = _TRAILER.unpack(parts)
-    if native.crc32c(parts[:-4]) != crc or any(data[_TRAILER.size :]):
+    if native.crc32c(parts[:-4]) != crc or data[_TRAILER.size :].strip(b"\0"):
         raise CorruptCheckpointError(f"{what}: the trailer's checksum does not match")
     if offset + nbytes + TRAILER_BYTES != file_bytes or nbytes > MAX_TABLE_BYTES:
         raise CorruptCheckpointError(
@@ -168,9 +172,15 @@ def decode_table(
     return table
 
 
-def payload_num_chunks(nbytes: int) -> int:
-    """Return how many chunks a payload of `nbytes` has."""
-    return -(-nbytes // CHUNK_BYTES)
+def chunk_starts(lengths: Sequence[int]) -> list[int]:
+    """Return the position of the first chunk of each payload, and how many chunks there are."""
+    return list(accumulate([-(-nbytes // CHUNK_BYTES) for nbytes in lengths], initial=0))
+
+
+def dims_before(table: Table) -> list[int]:
+    """Return for each payload how many dims the boxes before it have, and their sum."""
+    num_dims = list(map(len, table.shapes))
+    return list(accumulate(map(num_dims.__getitem__, table.key_ids), initial=0))
 
 
 def crc_seed(attempt: str, rank: int, file: int) -> int:
@@ -183,8 +193,13 @@ def encode_crcs(crcs: bytes) -> str:
     return base64.b64encode(crcs).decode()
 
 
-def decode_crcs(table: Table, what: str) -> bytes:
+def decode_crcs(table: Table, num_chunks: int, what: str) -> bytes:
     """Return chunk checksums of all payloads, four bytes each.
+
+    Args:
+        table: The table.
+        num_chunks: Chunks of all its payloads.
+        what: The file, for messages.
 
     Raises:
         CorruptCheckpointError: Not base64, or not one per chunk.
@@ -193,9 +208,10 @@ def decode_crcs(table: Table, what: str) -> bytes:
         crcs = base64.b64decode(table.crcs, validate=True)
     except binascii.Error as error:
         raise CorruptCheckpointError(f"{what}: checksums: {error}") from error
-    expected = 4 * sum(map(payload_num_chunks, table.lengths))
-    if len(crcs) != expected:
-        raise CorruptCheckpointError(f"{what}: {len(crcs)} bytes of checksums, expected {expected}")
+    if len(crcs) != 4 * num_chunks:
+        raise CorruptCheckpointError(
+            f"{what}: {len(crcs)} bytes of checksums, expected {4 * num_chunks}"
+        )
     return crcs
 
 
@@ -208,13 +224,8 @@ def _check_columns(table: Table, what: str) -> None:
         raise CorruptCheckpointError(f"{what}: the table's columns differ in length")
     if len(set(table.keys)) != len(table.keys):
         raise CorruptCheckpointError(f"{what}: the table lists a key twice")
-    if payloads and not 0 <= min(table.key_ids) <= max(table.key_ids) < len(table.keys):
+    if max(table.key_ids, default=-1) >= len(table.keys):
         raise CorruptCheckpointError(f"{what}: a payload belongs to no key of the table")
-    if max(map(len, table.shapes), default=0) > MAX_DIMS:
-        raise CorruptCheckpointError(f"{what}: an array has more than {MAX_DIMS} dims")
-    box_numbers = [2 * len(shape) for shape in table.shapes]
-    if len(table.boxes) != sum(map(box_numbers.__getitem__, table.key_ids)):
+    num_dims = list(map(len, table.shapes))
+    if len(table.boxes) != 2 * sum(map(num_dims.__getitem__, table.key_ids)):
         raise CorruptCheckpointError(f"{what}: the table's boxes do not fit its payloads")
-    numbers = (table.boxes, *columns, list(chain.from_iterable(table.shapes)))
-    if any(column and (min(column) < 0 or max(column) > _MAX_INT) for column in numbers):
-        raise CorruptCheckpointError(f"{what}: a number of the table is negative or beyond 2^63")

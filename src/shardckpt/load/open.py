@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import ctypes
 import operator
+from bisect import bisect_left, bisect_right
 from functools import cached_property
-from itertools import accumulate
+from itertools import count
 from operator import attrgetter
 from typing import TYPE_CHECKING, Final
 
@@ -31,14 +32,16 @@ from shardckpt.format.sealed import digest
 from shardckpt.format.shard_file import (
     CHUNK_BYTES,
     HEADER_BYTES,
+    MAX_TABLE_BYTES,
     TRAILER_BYTES,
     Table,
     check_header,
+    chunk_starts,
     crc_seed,
     decode_crcs,
     decode_table,
     decode_trailer,
-    payload_num_chunks,
+    dims_before,
 )
 from shardckpt.geometry.box import Box
 from shardckpt.geometry.layout import BoxLayout
@@ -91,13 +94,17 @@ class OpenFile:
         self.number: Final = record.number
         self.reader: Final = reader
         self.table: Final = table
-        self.crcs: Final = decode_crcs(table, what)
+        self._chunk_at = chunk_starts(table.lengths)
+        self.crcs: Final = decode_crcs(table, self._chunk_at[-1], what)
         self.seed: Final = crc_seed(table.attempt, record.rank, record.number)
         _check_places(table, record, what)
-        num_dims = [len(shape) for shape in table.shapes]
-        self._box_at = list(accumulate((2 * num_dims[i] for i in table.key_ids), initial=0))
-        self._chunk_at = list(accumulate(map(payload_num_chunks, table.lengths), initial=0))
-        self._rows_of = _rows_by_key(table)
+        self._dims_before = dims_before(table)
+        self._key_ids = dict(zip(table.keys, count(), strict=False))
+        # Payloads in the order of their keys, which is the order of the table as a rule.
+        self._rows: Sequence[int] = range(len(table.key_ids))
+        self._ids_of_rows = sorted(table.key_ids)
+        if self._ids_of_rows != table.key_ids:
+            self._rows = sorted(self._rows, key=table.key_ids.__getitem__)
         self._boxes: dict[tuple[int, ...], Box] = {}
         self._made: dict[str, list[SavedPayload]] = {}
 
@@ -121,17 +128,24 @@ class OpenFile:
     def _of_key(self, key: str) -> list[SavedPayload]:
         made = self._made.get(key)
         if made is None:
-            made = self._made[key] = [self._payload(key, row) for row in self._rows_of.get(key, ())]
+            made = self._made[key] = [self._payload(key, row) for row in self._rows_of(key)]
         return made
+
+    def _rows_of(self, key: str) -> Sequence[int]:
+        key_id = self._key_ids.get(key)
+        if key_id is None:
+            return ()
+        first = bisect_left(self._ids_of_rows, key_id)
+        return self._rows[first : bisect_right(self._ids_of_rows, key_id, first)]
 
     def _payload(self, key: str, row: int) -> SavedPayload:
         table = self.table
-        start, stop = self._box_at[row], self._box_at[row + 1]
-        numbers = tuple(table.boxes[start:stop])
+        start, stop = self._dims_before[row], self._dims_before[row + 1]
+        numbers = tuple(table.boxes[2 * start : 2 * stop])
         box = self._boxes.get(numbers)
         if box is None:
-            half = (stop - start) // 2
-            box = self._boxes[numbers] = Box(numbers[:half], numbers[half:])
+            num_dims = stop - start
+            box = self._boxes[numbers] = Box(numbers[:num_dims], numbers[num_dims:])
         return SavedPayload(
             row, key, box, table.starts[row], table.lengths[row], table.offsets[row],
             self._chunk_at[row],
@@ -252,7 +266,11 @@ def _read_table(reader: Reader, record: FileRecord, attempt: str, key: str, what
         )
     try:
         header = read_bytes(reader, 0, HEADER_BYTES)
-        trailer = read_bytes(reader, record.nbytes - TRAILER_BYTES, TRAILER_BYTES)
+        # At once: the table, as the manifest says, and the trailer, which says so, too.
+        tail_bytes = min(record.table_bytes, MAX_TABLE_BYTES) + TRAILER_BYTES
+        begin = max(0, record.nbytes - tail_bytes)
+        tail = read_bytes(reader, begin, record.nbytes - begin)
+        trailer = tail[-TRAILER_BYTES:]
         check_header(header, attempt=attempt, rank=record.rank, file=record.number, what=what)
         offset, nbytes, table_digest = decode_trailer(trailer, record.nbytes, what)
         if (offset, nbytes, table_digest) != (
@@ -263,7 +281,7 @@ def _read_table(reader: Reader, record: FileRecord, attempt: str, key: str, what
             raise CorruptCheckpointError(
                 f"{what}: the trailer and the manifest disagree about the table"
             )
-        data = read_bytes(reader, offset, nbytes)
+        data = tail[:nbytes]
     except (StorageError, ValueError) as error:
         if isinstance(error, CorruptCheckpointError | StorageError):
             raise
@@ -287,13 +305,3 @@ def _check_places(table: Table, record: FileRecord, what: str) -> None:
         or any(start % CHUNK_BYTES for start in set(table.starts))
     ):
         raise CorruptCheckpointError(f"{what}: a payload points outside the payloads of its file")
-
-
-def _rows_by_key(table: Table) -> dict[str, Sequence[int]]:
-    """Return which payloads of a table are of which key."""
-    if table.key_ids == list(range(len(table.keys))):
-        return dict(zip(table.keys, zip(range(len(table.keys))), strict=True))
-    rows: dict[str, list[int]] = {key: [] for key in table.keys}
-    for row, key_id in enumerate(table.key_ids):
-        rows[table.keys[key_id]].append(row)
-    return dict(rows)
