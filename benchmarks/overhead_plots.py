@@ -5,6 +5,7 @@ Reads the result's series; measures nothing. Each picture is written as SVG and 
 
 from __future__ import annotations
 
+import math
 import statistics
 from typing import TYPE_CHECKING, Any, Final
 
@@ -22,7 +23,7 @@ TITLES: Final = {
 }
 OURS_COLOR: Final = "#b0413e"
 COLORS: Final = ("#4c72b0", "#e3b23c", "#55a868", "#8172b3", "#7f7f7f")
-LEAST_PERCENT: Final = 0.01  # Below this, and below 0, is drawn at the axis.
+LEAST_PERCENT: Final = 0.01  # Below this, and below 0, stands a hollow mark at the axis.
 SHOWN_OF_GOODPUT: Final = 0.05
 mpl.rcParams.update({"svg.hashsalt": "shardckpt", "svg.fonttype": "none", "font.size": 9})
 
@@ -64,13 +65,20 @@ def _overheads(axis: Axes, side: str, of_side: dict[str, Any]) -> None:
     for name, style in _styles(of_side["systems"]).items():
         found = of_side["systems"][name]["intervals"]
         rounds = {int(i): [100 * v for v in of["overheads"]] for i, of in found.items()}
-        middle = [max(LEAST_PERCENT, statistics.median(values)) for values in rounds.values()]
-        axis.plot(list(rounds), middle, marker="o", markersize=4, label=name, **style)
+        middle = {i: statistics.median(values) for i, values in rounds.items()}
+        told = [value if value > LEAST_PERCENT else math.nan for value in middle.values()]
+        axis.plot(list(middle), told, marker="o", markersize=4, label=name, **style)
+        nothing = [i for i, value in middle.items() if value <= LEAST_PERCENT]
+        axis.plot(
+            nothing, [LEAST_PERCENT] * len(nothing), linestyle="", marker="v", zorder=3,
+            markerfacecolor="none", color=style["color"],
+        )  # fmt: skip
     noise = 100 * of_side["noise"]
     axis.axhspan(LEAST_PERCENT, max(noise, LEAST_PERCENT), color="#000000", alpha=0.06, zorder=0)
     axis.annotate(
-        f"below {noise:.1f} %: short runs without saves differ as much", (0.02, noise),
-        xycoords=("axes fraction", "data"), va="top", fontsize=7, color="#555555",
+        f"below {noise:.1f} %: short runs without saves differ as much\n"
+        "hollow: no longer than without saves", (0.02, 0.12),
+        xycoords="axes fraction", va="bottom", fontsize=7, color="#555555",
     )  # fmt: skip
     axis.set(
         xscale="log", yscale="log", title=f"{TITLES[side]}, step {of_side['step_s']:.2f} s",
