@@ -7,7 +7,8 @@ import numpy as np
 import optax
 from flax import nnx
 from jax import numpy as jnp
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.experimental.layout import Format, Layout
+from jax.sharding import NamedSharding, PartitionSpec, SingleDeviceSharding
 
 from shardckpt.jax import private
 from shardckpt.jax.coord import default_coord
@@ -39,9 +40,12 @@ def test_words_of_described_keys_lie_as_those_of_keys_do() -> None:
 
 
 def test_an_array_says_how_its_memory_lies() -> None:
-    layout = private.device_layout(jnp.ones((2, 3)))
-    assert tuple(layout.major_to_minor) == (0, 1)
-    assert not layout.tiling
+    for _ in range(2):
+        for order in ((0, 1), (1, 0)):
+            form = Format(Layout(order), SingleDeviceSharding(jax.devices()[0]))
+            layout = private.device_layout(jax.device_put(jnp.ones((2, 3)), form))
+            assert tuple(layout.major_to_minor) == order
+            assert not layout.tiling
     data = jnp.arange(6.0)
     assert np.asarray(data).ctypes.data == data.unsafe_buffer_pointer()
 

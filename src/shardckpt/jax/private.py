@@ -5,15 +5,16 @@ Layer: jax.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
+import jax
 from jax._src import distributed, sharding_impls
 from jax.sharding import NamedSharding, PartitionSpec
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-    import jax
+_layouts: Final[dict[Any, Any]] = {}
 
 
 def client() -> Any:
@@ -32,7 +33,14 @@ def key_words(array: Any) -> jax.Array:
 
 def device_layout(array: Any) -> Any:
     """Return how the elements of a single device's array lie in its memory; None where unknown."""
-    return array.format.layout
+    try:
+        own = array._pjrt_layout
+    except jax.errors.JaxRuntimeError:  # Not every runtime tells.
+        return array.format.layout
+    # The public form is made anew at every call, and thousands of arrays share a few.
+    if own not in _layouts:
+        _layouts[own] = array.format.layout
+    return _layouts[own]
 
 
 def key_impl(dtype: Any) -> tuple[str, tuple[int, ...]]:
