@@ -258,14 +258,14 @@ class JaxBackend:
         indices = sharding.addressable_devices_indices_map(shape)
         boxes = [box_of(slices, shape) for slices in indices.values()]
         target = Target(shape, dtype, sharding, boxes, is_committed=is_committed)
-        shards = tuple(Shard(box, target.buffers[box]) for box, _ in placed.boxes)
+        shards = tuple(Shard(box, target.buffers[box]) for box, *_ in placed.boxes)
         return (
             _Filled(stored, target=target, impl=impl),
             Leaf(stored, placed.spec, role, placed.layout, shards),
         )
 
     def _stages(self, held: Held) -> bool:
-        if held.is_on_host or next(iter(held.array.devices())).platform != "gpu":
+        if held.memory.is_on_host or next(iter(held.array.devices())).platform != "gpu":
             return False
         if self._cuda_problem is None:
             _, _, self._cuda_problem = native.cuda_probe()

@@ -8,7 +8,6 @@ be compiled, and would follow the mesh that is in use.
 
 from __future__ import annotations
 
-from functools import lru_cache
 from typing import TYPE_CHECKING, Any, Final, final
 
 import jax
@@ -31,18 +30,32 @@ _BYTES: Final = (1,)
 _BITS_OF_BYTE: Final = 8
 
 
+class Memory(msgspec.Struct, frozen=True, gc=False):
+    """What the parts of an array have in common.
+
+    Attributes:
+        is_plain: Whether the memory of each is its elements in C order, none of them packed.
+        is_on_host: Whether it is the host's.
+        is_late: Whether it may be copied after `save` returned: a donation must find it in use.
+    """
+
+    is_plain: bool
+    is_on_host: bool
+    is_late: bool
+
+
 class Held(msgspec.Struct, frozen=True, gc=False):
     """What one device holds of an array.
 
     Attributes:
         array: The array of that device.
-        is_on_host: Whether its memory is the host's.
-        is_late: Whether it may be copied after `save` returned: a donation must find it in use.
+        size: Its bytes, as a shape, where it is plain.
+        memory: What it shares with the other parts.
     """
 
     array: jax.Array
-    is_on_host: bool
-    is_late: bool
+    size: Shape
+    memory: Memory
 
 
 def is_host_memory(device: Any, memory_kind: str | None) -> bool:
@@ -59,17 +72,15 @@ def host_array(held: Held, *, may_stay_on_device: bool = False) -> HostArray:
         held: The shard; nothing is computed into it any more.
         may_stay_on_device: Return memory of a CUDA device as it is.
     """
-    array = held.array
-    if _is_plain(array):
-        if held.is_on_host:
-            if held.is_late:
-                return _row_of_bytes(np.asarray(_alias(array)))
+    array, memory = held.array, held.memory
+    if memory.is_plain:
+        if memory.is_on_host and not memory.is_late:
             # No owner that JAX can see: a reference in Python does not keep it from donating.
-            return HostArray(array.unsafe_buffer_pointer(), (_nbytes(array),), _BYTES, 1, array)
+            return HostArray(array.unsafe_buffer_pointer(), held.size, _BYTES, 1, array)
         if may_stay_on_device:
             (device,) = array.devices()
             return HostArray(
-                array.unsafe_buffer_pointer(), (_nbytes(array),), _BYTES, 1, array,
+                array.unsafe_buffer_pointer(), held.size, _BYTES, 1, array,
                 device.local_hardware_id,
             )  # fmt: skip
     return _row_of_bytes(np.asarray(_alias(array)))
@@ -84,25 +95,14 @@ def numpy_array(array: np.ndarray[Any, Any]) -> HostArray:
     return _lent(array)
 
 
-def _is_plain(array: jax.Array) -> bool:
-    """Return whether the memory on the device is the elements in C order, none of them packed."""
-    if _itemsize_bits(array.dtype) < _BITS_OF_BYTE:
+def is_plain(array: jax.Array) -> bool:
+    """Return whether memory on a device is the elements in C order, none of them packed."""
+    if jax.dtypes.itemsize_bits(array.dtype) < _BITS_OF_BYTE:
         return False
     layout = private.device_layout(array)
     return layout is None or (
         not layout.tiling and tuple(layout.major_to_minor) == tuple(range(array.ndim))
     )
-
-
-def _nbytes(array: jax.Array) -> int:
-    """Return the bytes of a plain array; its own property takes eight times as long."""
-    return array.size * _itemsize_bits(array.dtype) // _BITS_OF_BYTE
-
-
-@lru_cache(maxsize=256)
-def _itemsize_bits(dtype: Any) -> int:
-    bits: int = jax.dtypes.itemsize_bits(dtype)
-    return bits
 
 
 def _alias(array: jax.Array) -> jax.Array:

@@ -19,7 +19,7 @@ from shardckpt.geometry.array_spec import ArraySpec
 from shardckpt.geometry.box import Box, Shape, whole
 from shardckpt.geometry.dtypes import ITEMSIZE_BYTES
 from shardckpt.geometry.layout import MeshLayout, replicated
-from shardckpt.jax.copies import Held, is_host_memory
+from shardckpt.jax.copies import Held, Memory, is_host_memory, is_plain
 from shardckpt.jax.leaves import OTHER, OUTSIDE
 from shardckpt.state import Leaf, Shard
 
@@ -38,7 +38,8 @@ class Placed(msgspec.Struct, frozen=True, gc=False):
     Attributes:
         spec: Shape and dtype.
         layout: As in `Leaf`.
-        boxes: The non-empty boxes this process holds, and which of its shards to take of each.
+        boxes: The non-empty boxes this process holds, which of its shards to take of each, and that
+            shard's bytes, as a shape.
         is_on_host: Whether the arrays are in the host's own memory.
         is_param: Whether the dtype is one of parameters: floating or complex.
         is_absent: Whether the array is another single process's own, who describes it alone.
@@ -46,7 +47,7 @@ class Placed(msgspec.Struct, frozen=True, gc=False):
 
     spec: ArraySpec
     layout: MeshLayout | Literal["boxes"] | None
-    boxes: tuple[tuple[Box, int], ...]
+    boxes: tuple[tuple[Box, int, Shape], ...]
     is_on_host: bool
     is_param: bool
     is_absent: bool
@@ -76,9 +77,10 @@ class Shards:
         placed = self.placed(key, array.shape, array.dtype, array.sharding)
         if placed.is_absent:
             return None
+        memory = Memory(is_plain(array), placed.is_on_host, late)
         shards = tuple(
-            Shard(box, Held(array.addressable_data(index), placed.is_on_host, late))
-            for box, index in placed.boxes
+            Shard(box, Held(array.addressable_data(index), size, memory))
+            for box, index, size in placed.boxes
         )
         fence = LATE if late and placed.is_on_host else 0
         return Leaf(key, placed.spec, _role(role, placed.is_param), placed.layout, shards, fence)
@@ -103,7 +105,12 @@ class Shards:
         devices = sharding.addressable_devices_indices_map(shape)
         for index, slices in enumerate(devices.values()):
             local.setdefault(box_of(slices, shape), index)
-        held = tuple((box, index) for box, index in local.items() if box.num_elements)
+        itemsize_bytes = ITEMSIZE_BYTES[spec.dtype]
+        held = tuple(
+            (box, index, (box.num_elements * itemsize_bytes,))
+            for box, index in local.items()
+            if box.num_elements
+        )
         devices_of_all: set[Any] = set(sharding.device_set)
         processes = {device.process_index for device in devices_of_all}
         is_own = processes == {jax.process_index()} and jax.process_count() > 1
