@@ -223,8 +223,8 @@ class PyEngine {
     return is_closed;
   }
 
-  void Reserve(int64_t size_bytes) {
-    RaiseUnlessOk(Unlocked([&](Engine& e) { return e.Reserve(size_bytes); }));
+  void Reserve(int64_t size_bytes, int64_t most_bytes) {
+    RaiseUnlessOk(Unlocked([&](Engine& e) { return e.Reserve(size_bytes, most_bytes); }));
   }
 
   int64_t Begin(nb::handle rows, nb::handle file_bytes, bool check_all, nb::handle streams) {
@@ -507,7 +507,7 @@ NB_MODULE(_native, m) {
       .def(nb::init<int64_t, int64_t, std::vector<int>>(), "num_copy_threads"_a,
            "num_flush_threads"_a, "cpus"_a)
       .def("close", &PyEngine::Close, "timeout_ms"_a)
-      .def("reserve", &PyEngine::Reserve, "nbytes"_a)
+      .def("reserve", &PyEngine::Reserve, "nbytes"_a, "most_bytes"_a = 0)
       .def("begin", &PyEngine::Begin, "rows"_a, "file_bytes"_a, "check_all"_a,
            "streams"_a = nb::none())
       .def("wait_staged", &PyEngine::WaitStaged, "ticket"_a, "group"_a, "timeout_ms"_a,

@@ -9,6 +9,7 @@
 #include <algorithm>
 #include <cerrno>
 #include <cstring>
+#include <optional>
 #include <utility>
 
 #include "core/crc32c.h"
@@ -20,11 +21,15 @@ constexpr int kNice = 10;
 constexpr int kIoPriorityBestEffort = 2;
 constexpr int kIoPriorityLowest = 7;
 constexpr int64_t kGuardBytes = 64;  // A payload this small is a counter.
+// A slot that is about to come back costs less than a new one.
+constexpr auto kPatience = std::chrono::milliseconds(10);
 constexpr auto kRateSlice = std::chrono::milliseconds(50);
 
 std::chrono::steady_clock::time_point Deadline(int64_t timeout_ms) {
   return std::chrono::steady_clock::now() + std::chrono::milliseconds(timeout_ms);
 }
+
+int64_t NumSlots(int64_t size_bytes) { return (size_bytes + kSlotBytes - 1) / kSlotBytes; }
 
 void StoreLittleEndian(uint64_t value, int num_bytes, uint8_t* out) {
   for (int i = 0; i < num_bytes; ++i) out[i] = static_cast<uint8_t>(value >> (8 * i));
@@ -112,17 +117,23 @@ Status Engine::CheckProcess() const {
       "checkpointer of its own there.");
 }
 
-Status Engine::Reserve(int64_t size_bytes) {
+Status Engine::Reserve(int64_t size_bytes, int64_t most_bytes) {
   if (Status status = CheckProcess(); !status.ok()) return status;
   Lock lock(mutex_);
-  const int64_t before = arena_.num_slots();
-  Status status =
-      arena_.Grow((size_bytes + kSlotBytes - 1) / kSlotBytes, options_.num_copy_threads);
-  for (int64_t slot = before; slot < arena_.num_slots(); ++slot) free_slots_.push_back(slot);
+  Status status = GrowArena(NumSlots(size_bytes));
+  if (status.ok()) max_slots_ = std::max(max_slots_, NumSlots(most_bytes));
   copy_ready_.notify_all();
   changed_.notify_all();
   lock.unlock();
   PinArena();
+  return status;
+}
+
+Status Engine::GrowArena(int64_t num_slots) {
+  const int64_t before = arena_.num_slots();
+  Status status = arena_.Grow(num_slots, options_.num_copy_threads);
+  for (int64_t slot = before; slot < arena_.num_slots(); ++slot) free_slots_.push_back(slot);
+  max_slots_ = std::max(max_slots_, arena_.num_slots());
   return status;
 }
 
@@ -193,6 +204,7 @@ bool Engine::WaitStaged(int64_t id, int64_t group, int64_t timeout_ms,
                         std::span<const DeviceStream> streams) {
   if (!CheckProcess().ok()) return true;
   const auto deadline = Deadline(timeout_ms);
+  std::optional<Clock::time_point> grows_from;  // Since there was first nothing to take.
   std::unique_ptr<Scratch> scratch;
   Lock lock(mutex_);
   const std::shared_ptr<Ticket> ticket = Find(id);
@@ -221,19 +233,21 @@ bool Engine::WaitStaged(int64_t id, int64_t group, int64_t timeout_ms,
       holds_back = false;
     }
     // Looked at before each copy, so that a timeout of 0 only asks.
-    if (Clock::now() >= deadline) return false;
+    const auto now = Clock::now();
+    if (now >= deadline) return false;
+    const bool may_grow = grows_from.has_value() && now >= *grows_from;
     Work work;
-    if (TakeCopy(ticket.get(), group, &work)) {
+    if (TakeCopy(ticket.get(), group, may_grow, &work)) {
       if (scratch == nullptr) scratch = std::make_unique<Scratch>();
       Copy(&lock, work, scratch.get());
-    } else if (changed_.wait_until(lock, deadline) == std::cv_status::timeout) {
-      return IsStaged(*ticket, group, false);
+    } else {
+      if (!grows_from.has_value()) grows_from = now + kPatience;
+      changed_.wait_until(lock, may_grow ? deadline : std::min(deadline, *grows_from));
     }
   }
 }
 
-bool Engine::TakeCopy(const Ticket* only, int64_t group, Work* out) {
-  if (free_slots_.empty()) return false;
+bool Engine::TakeCopy(const Ticket* only, int64_t group, bool may_grow, Work* out) {
   for (auto& [id, ticket] : tickets_) {
     const std::vector<uint32_t>& order = ticket->table.order;
     std::vector<Extent>& extents = ticket->table.extents;
@@ -248,6 +262,11 @@ bool Engine::TakeCopy(const Ticket* only, int64_t group, Work* out) {
         const std::vector<int64_t>& groups = ticket->groups_of[order[i]];
         if (!std::binary_search(groups.begin(), groups.end(), group)) continue;
       }
+      if (free_slots_.empty() && may_grow && arena_.num_slots() < max_slots_ &&
+          !GrowArena(arena_.num_slots() + 1).ok()) {
+        max_slots_ = arena_.num_slots();
+      }
+      if (free_slots_.empty()) return false;
       extent.state = ExtentState::kCopying;
       extent.slot = free_slots_.back();
       free_slots_.pop_back();
@@ -322,7 +341,7 @@ void* Engine::RunCopies(void* opaque) {
   Lock lock(engine.mutex_);
   while (!engine.is_closing_) {
     Work work;
-    if (!engine.is_paused_ && engine.TakeCopy(nullptr, kEveryGroup, &work)) {
+    if (!engine.is_paused_ && engine.TakeCopy(nullptr, kEveryGroup, false, &work)) {
       engine.Copy(&lock, work, &scratch);
     } else {
       engine.copy_ready_.wait(lock);
@@ -636,7 +655,8 @@ void Engine::SetPaused(bool is_paused) {
 EngineStats Engine::Stats() {
   if (!CheckProcess().ok()) return {};
   Lock lock(mutex_);
-  return {arena_.num_slots(), static_cast<int64_t>(free_slots_.size()), written_bytes_};
+  const int64_t num_held = arena_.num_slots() - static_cast<int64_t>(free_slots_.size());
+  return {max_slots_, max_slots_ - num_held, written_bytes_};
 }
 
 }  // namespace shardckpt

@@ -67,9 +67,9 @@ struct EngineOptions {
 };
 
 struct EngineStats {
-  int64_t num_slots;
-  int64_t num_free_slots;
-  int64_t written_bytes;  // By the flush threads, since the engine began.
+  int64_t num_slots;       // That the arena may have.
+  int64_t num_free_slots;  // Of those, the ones that nothing lies in.
+  int64_t written_bytes;   // By the flush threads, since the engine began.
 };
 
 // Thread-safe. Of the process that made it: in a forked child no call takes a lock, waits return at
@@ -86,8 +86,10 @@ class Engine {
   // (a disk hangs), and the engine must be leaked.
   bool Close(int64_t timeout_ms);
 
-  // Grows the arena to hold `size_bytes`. kIo: the system has no room; what was there stays.
-  Status Reserve(int64_t size_bytes);
+  // Grows the arena to hold `size_bytes`, and lets it grow up to `most_bytes`: whoever waits for
+  // copies adds slots rather than wait for the disk for longer than a moment.
+  // kIo: the system has no room; what was there stays.
+  Status Reserve(int64_t size_bytes, int64_t most_bytes = 0);
 
   // Queues a save and returns; see ParseSaveTable. With `check_all`, checksums of the sources are
   // taken now and compared with those of the copies, which costs a pass over the memory.
@@ -183,8 +185,9 @@ class Engine {
   Status CheckProcess() const;
   std::shared_ptr<Ticket> Find(int64_t ticket);
   // Takes the next extent that may be copied, with a slot. Of `only` and its group where given,
-  // once nothing earlier waits.
-  bool TakeCopy(const Ticket* only, int64_t group, Work* out);
+  // once nothing earlier waits. `may_grow`: With a new slot if need be.
+  bool TakeCopy(const Ticket* only, int64_t group, bool may_grow, Work* out);
+  Status GrowArena(int64_t num_slots);
   void Copy(Lock* lock, const Work& work, Scratch* scratch);
   void HandToDevices(const std::shared_ptr<Ticket>& ticket, uint32_t extent, uint8_t* dst);
   void Unblock(Lock* lock, Ticket* ticket, uint32_t extent);
@@ -210,6 +213,7 @@ class Engine {
   std::condition_variable write_ready_;  // Work for flush threads, or another rate.
   std::condition_variable changed_;      // For those who wait for a ticket.
   Arena arena_;
+  int64_t max_slots_ = 0;
   std::vector<int64_t> free_slots_;
   std::map<int64_t, std::shared_ptr<Ticket>> tickets_;  // In order of their saves.
   int64_t next_ticket_ = 1;

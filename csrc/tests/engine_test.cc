@@ -262,6 +262,34 @@ TEST(WhoeverWaitsForAGroupCopiesThatGroupAndNoOther) {
   rig.ExpectSaved(ticket, save);
 }
 
+TEST(WhoeverWaitsAddsASlotRatherThanWaitForTheDisk) {
+  const std::vector<uint8_t> memory = Memory(5 * kSlotBytes);
+  const Save save = WholeExtents(memory, {kEager, kEager, kEager, kEager, 1});
+  Rig rig(2);
+  EXPECT(rig->Reserve(kSlotBytes, 4 * kSlotBytes).ok(), "");
+  EXPECT(rig->Stats().num_slots == 4 && rig->Stats().num_free_slots == 4, "");
+  const int64_t ticket = rig.Begin(save);
+  EXPECT(rig->WaitStaged(ticket, kEager, kLongMs), "nothing is written, and there may be slots");
+  EXPECT(rig.NumHeld() == 4, std::to_string(rig.NumHeld()));
+  EXPECT(!rig->WaitStaged(ticket, kEveryGroup, 50), "a fifth slot");
+  EXPECT(rig->Stats().num_slots == 4 && rig.NumHeld() == 4, "");
+  rig.Attach(ticket, save);
+  rig.ExpectSaved(ticket, save);
+}
+
+TEST(CopyThreadsAddNoSlots) {
+  const std::vector<uint8_t> memory = Memory(3 * kSlotBytes);
+  const Save save = WholeExtents(memory, {1, 1, 1});
+  Rig rig(1);
+  EXPECT(rig->Reserve(0, 3 * kSlotBytes).ok(), "");
+  const int64_t ticket = rig.Begin(save);
+  EXPECT(!rig->WaitFlushed(ticket, 0, 100), "the disk is late");
+  EXPECT(rig.NumHeld() == 1, std::to_string(rig.NumHeld()));
+  EXPECT(rig->WaitStaged(ticket, 1, kLongMs) && rig.NumHeld() == 3, "");
+  rig.Attach(ticket, save);
+  rig.ExpectSaved(ticket, save);
+}
+
 TEST(AFenceServesEarlierSavesFirst) {
   const std::vector<uint8_t> memory = Memory(3 * kSlotBytes);
   const Save first = WholeExtents(memory, {1, 2});

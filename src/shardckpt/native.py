@@ -175,7 +175,8 @@ def staging_engine(num_copy_threads: int, num_flush_threads: int, cpus: list[int
 
     Calls, all but `set_*` and `stats` without the GIL:
 
-    - `reserve(nbytes)` grows its memory; OSError where there is no room.
+    - `reserve(nbytes, most_bytes)` grows its memory, and lets it grow further: whoever waits for a
+      copy adds to it rather than wait for the disk. OSError where there is no room.
     - `begin(rows, file_bytes, check_all, streams)` queues a save and returns its ticket. `rows`: an
       `array('q')` with, per payload in file order, [source_address, nbytes, file, file_offset,
       group, CUDA device or -1, first byte in C order (of strided arrays), itemsize_bytes, ndim (0:

@@ -374,9 +374,9 @@ class Engine:
         self._tickets.clear()
         return True
 
-    def reserve(self, nbytes: int) -> None:
+    def reserve(self, nbytes: int, most_bytes: int = 0) -> None:
         """Note how much memory saves may take."""
-        self._nbytes = max(self._nbytes, nbytes)
+        self._nbytes = max(self._nbytes, nbytes, most_bytes)
 
     def begin(
         self,

@@ -349,10 +349,10 @@ class _NoRoom:
     def __getattr__(self, name: str) -> object:
         return getattr(self._engine, name)
 
-    def reserve(self, nbytes: int) -> None:
+    def reserve(self, nbytes: int, most_bytes: int = 0) -> None:
         if self.is_full:
             raise OSError(12, os.strerror(12))
-        self._engine.reserve(nbytes)
+        self._engine.reserve(nbytes, most_bytes)
 
 
 @pytest.mark.parametrize("rank_without", [0, 1])
