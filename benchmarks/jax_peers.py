@@ -286,6 +286,7 @@ class Bench:
         system = self.systems.get(name)
         self._step += 1
         trainee = self.trainee
+        self._settle()
         trainee.step(mode)
         _barrier("turn")
         began = saved = time.perf_counter()
@@ -316,9 +317,8 @@ class Bench:
             names = list(self.systems)
             for name in names if round_ % 2 else names[::-1]:
                 seconds[name].append(self._save(name))
+            self._settle()
             if self._told.rank == 0 and patterns:
-                time.sleep(SETTLE_S)
-                os.sync()
                 speed = max(
                     fio.write(self._place / "fio", pattern, self.trainee.nbytes)
                     for pattern in patterns
@@ -336,11 +336,15 @@ class Bench:
             system.save(self._step, self.trainee.state)
             system.wait()
 
-        # What was written or deleted before, by whomever, is not to slow this one.
+        self._settle()
+        return _together(save)
+
+    def _settle(self) -> None:
+        """Let end what was written or deleted before, by whomever: it is not to slow the next."""
         time.sleep(SETTLE_S)
         if self._told.rank == 0:
             os.sync()
-        return _together(save)
+        _barrier("settled")
 
     def restores(self, rounds: int) -> dict[str, list[float]]:
         """Return the seconds of restores: system, mesh, and whether files were cached."""
