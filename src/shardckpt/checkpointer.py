@@ -45,7 +45,8 @@ from shardckpt.policy import LEARNED
 from shardckpt.provenance import writer_name
 from shardckpt.retention import to_drop
 from shardckpt.save.commit import Described
-from shardckpt.save.saver import OnBusy, SaveHandle, Saver
+from shardckpt.save.handle import SaveHandle
+from shardckpt.save.saver import OnBusy, Saver
 from shardckpt.schedule import Schedule
 from shardckpt.staging.collector import no_garbage_collection
 from shardckpt.staging.engine import EVERY_GROUP

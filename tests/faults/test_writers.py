@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from shardckpt.checkpointer import CheckpointerCore
-    from shardckpt.save.saver import SaveHandle
+    from shardckpt.save.handle import SaveHandle
 
 pytestmark = pytest.mark.crash
 _WAIT_S = 20.0

@@ -20,7 +20,7 @@ from shardckpt.coord.base import wait_for
 from shardckpt.errors import DeadlineError, ShardckptError
 from shardckpt.jax import Checkpointer, load, private
 from shardckpt.jax.coord import JaxCoord, default_coord
-from shardckpt.save import saver
+from shardckpt.save import background
 from shardckpt.state import PerRank
 
 if TYPE_CHECKING:
@@ -215,7 +215,7 @@ def die_in_a_save(told: RankContext, root: str, victim: int) -> None:
     ckpt.save(1, {"arrays": arrays, "step": 1})
     ckpt.wait()
     if told.rank == victim:
-        write = saver.write_files
+        write = background.write_files
 
         def write_and_die(*arguments: Any, **options: Any) -> Any:
             write(*arguments, **options)
@@ -223,7 +223,7 @@ def die_in_a_save(told: RankContext, root: str, victim: int) -> None:
             (told.directory / "dying").write_text("\n".join(written))
             os.kill(os.getpid(), signal.SIGKILL)
 
-        saver.write_files = write_and_die
+        background.write_files = write_and_die
     handle = ckpt.save(2, {"arrays": arrays, "step": 2})
     try:
         handle.wait(20)

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
     from shardckpt.checkpointer import CheckpointerCore
     from shardckpt.native import Engine
-    from shardckpt.save.saver import SaveHandle
+    from shardckpt.save.handle import SaveHandle
 
 pytestmark = pytest.mark.skipif(not native.IS_NATIVE, reason="the pure path copies inside save()")
 _WAIT_S = 20.0

@@ -24,7 +24,8 @@ from shardckpt.jax.coord import default_coord
 from shardckpt.load.loader import load_options
 from shardckpt.options import Auto, Every, Retention, Staging
 from shardckpt.provenance import environment_facts
-from shardckpt.save.saver import OnBusy, SaveHandle
+from shardckpt.save.handle import SaveHandle
+from shardckpt.save.saver import OnBusy
 from shardckpt.storage.open import open_storage
 
 if TYPE_CHECKING:

@@ -24,7 +24,8 @@ if TYPE_CHECKING:
     from shardckpt.coord.base import Coord
 
 _logger = logging.getLogger("shardckpt")
-_GRACE: Final = 1.1
+# Others wait a little longer than the coordinator, who knows more.
+GRACE: Final = 1.1
 
 
 @final
@@ -55,7 +56,7 @@ class Agreement:
             DeadlineError: It did not come.
         """
         return round_.wait(
-            "outcome", Outcome, what="the coordinator's outcome", grace=_GRACE, heed_errors=False
+            "outcome", Outcome, what="the coordinator's outcome", grace=GRACE, heed_errors=False
         )
 
     def publish(self, round_: Round, outcome: Outcome) -> None:

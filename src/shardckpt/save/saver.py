@@ -1,4 +1,4 @@
-"""The saver of one rank: `save` stages and returns, one thread does the rest.
+"""The saver of one rank: `save` stages and returns, `background` does the rest.
 
 Layer: save. Order of one save, on every rank:
 
@@ -21,43 +21,34 @@ import time
 import weakref
 from array import array
 from collections import deque
-from concurrent.futures import Future
 from concurrent.futures import wait as wait_futures
-from dataclasses import dataclass, replace
 from functools import partial
-from queue import SimpleQueue
 from typing import TYPE_CHECKING, Any, Final, Literal
 
 import msgspec
 
 from shardckpt.coord.session import Round
-from shardckpt.errors import (
-    DeadlineError,
-    FencedError,
-    SaveFailedError,
-    ShardckptError,
-    TornCopyError,
-    error_named,
-)
-from shardckpt.format.sealed import digest
-from shardckpt.save.agree import Agreement, kind_and_message
-from shardckpt.save.commit import Described, Planner, commit_round
-from shardckpt.save.messages import Answer, Asked, Decision, Hello, Outcome, Report
-from shardckpt.save.plan import RankPlan, rank_plan
-from shardckpt.save.stage import CopyTable, Staged
+from shardckpt.errors import FencedError, SaveFailedError, ShardckptError, error_named
+from shardckpt.save.agree import GRACE, kind_and_message
+from shardckpt.save.background import Background
+from shardckpt.save.commit import Planner
+from shardckpt.save.handle import Job, Planned, SaveHandle
+from shardckpt.save.messages import Asked, Decision, Hello, Outcome
+from shardckpt.save.plan import rank_plan
+from shardckpt.save.stage import CopyTable
 from shardckpt.save.structure import (
     encode_structure,
     has_structure_of,
     structure_of,
     without_data,
 )
-from shardckpt.save.write import AttemptId, write_files
 from shardckpt.staging.collector import no_garbage_collection
 from shardckpt.staging.engine import EVERY_GROUP, SLOT_BYTES, make_room, start_engine
 from shardckpt.staging.pace import Pacer
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Mapping
+    from concurrent.futures import Future
 
     from shardckpt.backend import Backend
     from shardckpt.catalog.log import Writer
@@ -65,10 +56,11 @@ if TYPE_CHECKING:
     from shardckpt.coord.base import Coord
     from shardckpt.format.root import Root
     from shardckpt.options import Staging
-    from shardckpt.state import Leaf, StateTree
+    from shardckpt.save.commit import Described
+    from shardckpt.save.messages import Answer
+    from shardckpt.state import StateTree
 
 _logger = logging.getLogger("shardckpt")
-_GRACE: Final = 1.1
 _SWEEP_S: Final = 30.0
 _MAX_IN_FLIGHT: Final = 2
 _SLICE_MS: Final = 100
@@ -78,61 +70,8 @@ EAGER: Final = 0
 OnBusy = Literal["wait", "skip"]
 
 
-class SaveHandle:
-    """One save under way.
-
-    Attributes:
-        step: The step.
-        staged: Done once all arrays are copied; until then code that changes them calls `fence()`.
-        committed: True once the step is committed, False where the coordinator skipped it; else its
-            error.
-        save_s: Seconds that `save` took.
-        wait_s: Seconds of those in which it waited for earlier saves or for room.
-        fence_s: Seconds that the training waited at fences for this save's copies.
-    """
-
-    def __init__(self, step: int, timeout_s: float) -> None:
-        """Start with nothing done."""
-        self.step = step
-        self.save_s = self.wait_s = self.fence_s = 0.0
-        self.staged: Future[None] = Future()
-        self.committed: Future[bool] = Future()
-        self._timeout_s = timeout_s
-
-    def wait(self, timeout_s: float | None = None) -> bool:
-        """Wait until the step is committed (True) or was skipped (False).
-
-        Raises:
-            ShardckptError: The save failed, with the same error on every rank.
-            DeadlineError: It is still under way after `timeout_s`.
-        """
-        limit_s = timeout_s if timeout_s is not None else 4 * self._timeout_s
-        # Not result(timeout): its TimeoutError could not be told from a save that failed with one.
-        if not wait_futures([self.committed], limit_s).done:
-            raise DeadlineError(f"step {self.step} is still being saved after {limit_s:g} s")
-        return self.committed.result()
-
-
-@dataclass(slots=True)
-class _Job:
-    round: Round
-    handle: SaveHandle
-    structure: str
-    plan: RankPlan
-    plan_digest: str
-    leaves: tuple[Leaf, ...]
-    staged: Staged
-    says_hello: bool
-    objects: dict[str, msgspec.Raw]
-    per_rank: dict[str, msgspec.Raw]
-    metrics: dict[str, float]
-    remarks: dict[str, str]
-    answer: Answer | None
-    started: float
-
-
 class Saver:
-    """Saves of one rank, in order. `save` belongs to one thread; the rest has its own."""
+    """Saves of one rank, in order. All calls belong to one thread."""
 
     def __init__(
         self,
@@ -166,45 +105,38 @@ class Saver:
             StagingMemoryError: There is no memory for it.
         """
         self._backend = backend
-        self._catalog = catalog
-        self._writer = writer
         self._coord = coord
-        self._described = described
         self._prefix = prefix
         self._timeout_s = timeout_s
         self._on_busy: OnBusy = on_busy
-        self._to_drop = to_drop
         self._planner = Planner(coord, f"{prefix}/plans", timeout_s)
         self._options = staging
-        self._overlaps = staging.overlap is not False
         self._engine = start_engine(staging)
         self._pacer = Pacer(staging.max_inflation, staging.write_bytes_per_s)
         self._written = (time.monotonic(), 0)
         self._told_of_pins = False
         self._told_of_slow_storage = False
         self._count = 0
-        self._structure = ""
-        self._known: StateTree | None = None
-        self._rank_plan: RankPlan | None = None
-        self._table: CopyTable | None = None
-        self._plan_digest = ""
+        self._planned: Planned | None = None
         self._in_flight: deque[SaveHandle] = deque()
-        self._staging: tuple[_Job, ...] = ()
+        self._staging: tuple[Job, ...] = ()
         self._lock = threading.Lock()
-        self._fenced: str | None = None
-        self._before: Round | None = None
-        self._agreement = Agreement(coord, catalog, writer)
-        self.ancestry: list[str] = []
-        self._jobs: SimpleQueue[_Job | None] = SimpleQueue()
         self._pid = os.getpid()
-        self._thread = threading.Thread(target=self._serve, name="shardckpt-saver", daemon=True)
-        self._thread.start()
+        self._background = Background(
+            coord, catalog, writer, self._planner, described, self._engine,
+            timeout_s=timeout_s, to_drop=to_drop, settle=self._settle_staged,
+        )  # fmt: skip
         self._at_exit = partial(_finish_at_exit, weakref.ref(self))
         atexit.register(self._at_exit)
 
     @property
     def _is_coordinator(self) -> bool:
         return self._coord.rank == 0
+
+    @property
+    def ancestry(self) -> list[str]:
+        """Attempts this run stands on, oldest first; a restore replaces what is in it."""
+        return self._background.ancestry
 
     @property
     def is_staging(self) -> bool:
@@ -231,8 +163,8 @@ class Saver:
                 f"step {step}: process {os.getpid()} is a fork of {self._pid}, to which this "
                 "checkpointer and its threads belong. Save there, or open a checkpointer here."
             )
-        if self._fenced is not None:
-            raise FencedError(self._fenced)
+        if self._background.fenced is not None:
+            raise FencedError(self._background.fenced)
         self._pacer.skip_step()
         started = time.monotonic()
         round_ = Round(
@@ -263,7 +195,7 @@ class Saver:
         with self._lock:
             self._staging = (*self._staging, job)
         # First, so that a small ring is emptied while this thread waits for room in it.
-        self._jobs.put(job)
+        self._background.submit(job)
         waited = time.monotonic()
         self._wait_copied(job, EAGER)
         self._settle_staged()
@@ -271,7 +203,7 @@ class Saver:
         handle.save_s = time.monotonic() - started
         _logger.log(
             self._level, "step %d: queued %.1f MiB on rank 0, save() took %.3f s", step,
-            job.plan.image_bytes / 2**20, handle.save_s,
+            job.planned.plan.image_bytes / 2**20, handle.save_s,
         )  # fmt: skip
         return handle
 
@@ -324,10 +256,7 @@ class Saver:
                 self._in_flight.popleft().wait(timeout_s)
         finally:
             self._in_flight.clear()
-            self._jobs.put(None)
-            # The last save's garbage goes after its outcome is known; a slow disk may leave some.
-            self._thread.join(min(_SWEEP_S, self._timeout_s))
-            if not self._thread.is_alive():
+            if self._background.close(min(_SWEEP_S, self._timeout_s)):
                 self._engine.close(_CLOSE_MS)
 
     def finish_at_exit(self) -> None:
@@ -357,7 +286,7 @@ class Saver:
             if first.committed.done():
                 self._in_flight.popleft()
 
-    def _wait_copied(self, job: _Job, group: int) -> None:
+    def _wait_copied(self, job: Job, group: int) -> None:
         deadline = time.monotonic() + self._timeout_s
         # Devices do not keep the host waiting: what comes next on these streams waits for them.
         streams = array("q", self._backend.streams(job.staged.devices))
@@ -401,15 +330,15 @@ class Saver:
             round_.publish("decision", Decision(busy))
             return busy
         return round_.wait(
-            "decision", Decision, what="the coordinator's call of save()", grace=_GRACE
+            "decision", Decision, what="the coordinator's call of save()", grace=GRACE
         ).skip
 
     def _is_busy(self) -> bool:
         under_way = [h for h in self._in_flight if not h.committed.done()]
-        if not under_way or self._rank_plan is None:
+        if not under_way or self._planned is None:
             return bool(under_way)
         free = self._engine.stats()[1] * SLOT_BYTES
-        return len(under_way) >= _MAX_IN_FLIGHT or free < self._rank_plan.image_bytes
+        return len(under_way) >= _MAX_IN_FLIGHT or free < self._planned.plan.image_bytes
 
     @no_garbage_collection()
     def _stage(
@@ -421,52 +350,49 @@ class Saver:
         round_: Round,
         handle: SaveHandle,
         started: float,
-    ) -> _Job:
+    ) -> Job:
         tree = self._backend.describe(state)
-        plan, table, known = self._rank_plan, self._table, self._known
-        data, structure = b"", self._structure
+        planned, answer = self._planned, None
         if (
-            plan is None
-            or table is None
-            or known is None
-            or not has_structure_of(tree, known, table.changed(tree.leaves))
+            planned is None
+            or planned.is_stale
+            or not has_structure_of(tree, planned.tree, planned.table.changed(tree.leaves))
         ):
-            data, structure = encode_structure(structure_of(tree))
-        answer: Answer | None = None
-        is_new = structure != self._structure or plan is None or table is None or known is None
-        if is_new:
-            # Planning shares the planner with the saves under way.
-            wait_futures([h.committed for h in self._in_flight if h is not handle])
-            hello = Hello(step=step, structure=structure, is_new=True)
-            round_.publish(f"hello/{round_.rank}", hello)
-            if self._is_coordinator or self._is_asked(round_):
-                self._planner.offer_structure(data, structure)
-            answer = self._answer(round_, step)
-            plan = rank_plan(self._planner.fetch_plan(answer.plan), tree.leaves, round_.rank)
-            # Before anything is kept: where there is no memory now, the next save asks again.
-            make_room(self._engine, self._options, plan.file_bytes)
-            self._rank_plan, self._plan_digest, self._structure = plan, answer.plan, structure
-            # Specs and boxes for the tables, not the caller's memory.
-            known = self._known = without_data(tree)
-            table = self._table = CopyTable(plan)
-        assert plan is not None
-        assert table is not None
-        assert known is not None
-        staged = table.stage(
+            planned, answer = self._plan(tree, step, round_, handle)
+        staged = planned.table.stage(
             self._engine, tree.leaves, self._backend,
-            overlap=self._overlaps, check_copies=self._options.check_copies,
+            overlap=self._options.overlap is not False and not self._background.saw_torn_copy,
+            check_copies=self._options.check_copies,
         )  # fmt: skip
         if staged.devices and not self._told_of_pins:
             self._told_of_pins = True
             if problem := self._engine.pin_problem():
                 _logger.warning("staging memory is not pinned, so copies are slower: %s", problem)
-        return _Job(
-            round_, handle, structure, plan, self._plan_digest, known.leaves, staged,
-            not is_new,
+        return Job(
+            round_, handle, planned, staged, answer,
             {key: _raw(value) for key, value in tree.objects.items()},
             {key: _raw(value.value) for key, value in tree.per_rank.items()},
-            dict(metrics), dict(remarks), answer, started,
+            dict(metrics), dict(remarks), started,
         )  # fmt: skip
+
+    def _plan(
+        self, tree: StateTree, step: int, round_: Round, handle: SaveHandle
+    ) -> tuple[Planned, Answer]:
+        """Plan a structure that is new with the other ranks, and make room for it."""
+        data, structure = encode_structure(structure_of(tree))
+        # Planning shares the planner with the saves under way.
+        wait_futures([h.committed for h in self._in_flight if h is not handle])
+        hello = Hello(step=step, structure=structure, is_new=True)
+        round_.publish(f"hello/{round_.rank}", hello)
+        if self._is_coordinator or self._is_asked(round_):
+            self._planner.offer_structure(data, structure)
+        answer = self._background.answer(round_, step)
+        plan = rank_plan(self._planner.fetch_plan(answer.plan), tree.leaves, round_.rank)
+        # Before anything is kept: where there is no memory now, the next save asks again.
+        make_room(self._engine, self._options, plan.file_bytes)
+        planned = Planned(structure, answer.plan, without_data(tree), plan, CopyTable(plan))
+        self._planned = planned
+        return planned, answer
 
     def _give_up_early(self, round_: Round, handle: SaveHandle, error: Exception) -> None:
         """Fail a save that was never staged: tell the others, raise if there are none."""
@@ -486,131 +412,8 @@ class Saver:
         )
 
     def _is_asked(self, round_: Round) -> bool:
-        asked = round_.wait("asked", Asked, what="the coordinator's call of save()", grace=_GRACE)
+        asked = round_.wait("asked", Asked, what="the coordinator's call of save()", grace=GRACE)
         return round_.rank in asked.ranks
-
-    def _answer(self, round_: Round, step: int) -> Answer:
-        if self._is_coordinator:
-            attempt = self._catalog.new_attempt(self._writer, step)
-            return self._planner.plan_round(round_, step, attempt)
-        answer = round_.wait(
-            "answer", Answer, what="the coordinator's call of save()", grace=_GRACE
-        )
-        if answer.step != step:
-            raise SaveFailedError(
-                f"{round_.what}: rank 0 saves step {answer.step}. Every rank must call save() "
-                "for the same steps."
-            )
-        return answer
-
-    def _serve(self) -> None:
-        while (job := self._jobs.get()) is not None:
-            outcome = self._run(job)
-            if outcome.kind == FencedError.__name__:
-                self._fenced = outcome.message
-            if outcome.kind == TornCopyError.__name__:
-                self._overlaps = False
-            seconds = time.monotonic() - job.started
-            if outcome.committed:
-                _logger.log(self._level, "step %d: committed in %.2f s", job.handle.step, seconds)
-                job.handle.committed.set_result(True)
-            else:
-                if self._is_coordinator:
-                    _logger.error("step %d was not saved: %s", job.handle.step, outcome.message)
-                job.handle.committed.set_exception(error_named(outcome.kind, outcome.message))
-            if self._before is not None:
-                self._before.forget()
-            self._before = job.round
-            # After a failure, too: what it left may be what keeps the disk full.
-            if self._fenced is None:
-                self._sweep()
-
-    def _run(self, job: _Job) -> Outcome:
-        """Bring one save to its outcome; never raises."""
-        attempt = ""
-        try:
-            if job.says_hello:
-                job.round.publish(
-                    f"hello/{job.round.rank}",
-                    Hello(step=job.handle.step, structure=job.structure),
-                )
-            answer = job.answer or self._answer(job.round, job.handle.step)
-            attempt = answer.attempt
-            self._check_plan(job, answer)
-            self._write(job, answer)
-            outcome = (
-                self._commit(job, answer)
-                if self._is_coordinator
-                else self._agreement.told(job.round)
-            )
-        except Exception as error:
-            _logger.debug(
-                "step %d failed on rank %d", job.handle.step, self._coord.rank, exc_info=True
-            )
-            return self._agreement.failed(job.round, job.handle.step, attempt, error)
-        finally:
-            self._let_go(job)
-        if self._is_coordinator:
-            self._agreement.publish(job.round, outcome)
-        return outcome
-
-    def _let_go(self, job: _Job) -> None:
-        # False: a write hangs; its slot and the ticket are lost, the others go on.
-        self._engine.release(job.staged.ticket, _CLOSE_MS)
-        self._settle_staged()
-
-    def _check_plan(self, job: _Job, answer: Answer) -> None:
-        if answer.plan == job.plan_digest:
-            return
-        # Another rank's structure is new. This rank has staged by the old plan; it may go on if its
-        # part did not change.
-        plan = rank_plan(self._planner.fetch_plan(answer.plan), job.leaves, job.round.rank)
-        if plan != job.plan:
-            self._rank_plan = None
-            raise SaveFailedError(
-                f"{job.round.what}: the state's structure changed on other ranks only, so rank "
-                f"{job.round.rank} staged by the old plan. The next save plans anew."
-            )
-        self._plan_digest = answer.plan
-
-    def _write(self, job: _Job, answer: Answer) -> None:
-        attempt = AttemptId(answer.attempt, job.handle.step, job.round.rank, job.round.world_size)
-        files = write_files(
-            self._catalog.storage, self._engine, attempt, job.plan, job.leaves,
-            job.staged.ticket, job.per_rank, timeout_s=self._timeout_s,
-            while_waiting=self._settle_staged,
-        )  # fmt: skip
-        same = job.structure == answer.structure
-        report = Report(
-            structure=job.structure,
-            files=files,
-            objects_digest=digest(msgspec.json.encode(job.objects, order="deterministic")),
-            objects={} if same else job.objects,
-        )
-        job.round.publish(f"report/{job.round.rank}", report)
-
-    def _commit(self, job: _Job, answer: Answer) -> Outcome:
-        facts = self._described.environment | job.remarks
-        outcome, _ = commit_round(
-            job.round, self._catalog, self._writer, answer, self._planner,
-            replace(self._described, environment=facts),
-            job.objects, job.metrics, self.ancestry, self._to_drop,
-        )  # fmt: skip
-        if outcome.committed:
-            self.ancestry.append(answer.attempt)
-        return outcome
-
-    def _sweep(self) -> None:
-        if not self._is_coordinator:
-            return
-        try:
-            self._agreement.abort_doomed()
-            gone = self._catalog.sweep()
-        except (ShardckptError, FileNotFoundError) as error:
-            _logger.warning("garbage stays until the next save: %s", error)
-            return
-        if gone:
-            _logger.info("removed %d old or unfinished attempts", len(gone))
 
     @property
     def _level(self) -> int:

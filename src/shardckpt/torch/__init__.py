@@ -21,7 +21,8 @@ from shardckpt.load.loader import load_options
 from shardckpt.load.together import Together
 from shardckpt.options import Auto, Every, Retention, Staging
 from shardckpt.provenance import environment_facts
-from shardckpt.save.saver import OnBusy, SaveHandle
+from shardckpt.save.handle import SaveHandle
+from shardckpt.save.saver import OnBusy
 from shardckpt.storage.open import open_storage
 from shardckpt.torch.backend import TorchBackend
 from shardckpt.torch.coord import default_coord
