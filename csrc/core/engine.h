@@ -179,6 +179,9 @@ class Engine {
     uint32_t extent = 0;
   };
 
+  static Clock::time_point Deadline(int64_t timeout_ms) {
+    return Clock::now() + std::chrono::milliseconds(timeout_ms);
+  }
   static void* RunCopies(void* engine);
   static void* RunWrites(void* engine);
   void LowerPriority() const;
