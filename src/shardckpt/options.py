@@ -139,7 +139,8 @@ class Staging:
             every optimizer is a fence, False in JAX, where an array to be copied cannot be donated.
         staging_bytes: Host memory of this rank for copies, in bytes; less than the state makes it a
             ring, and `save` or the fence waits for the disk. None: what one save takes, but at most
-            40 % of the memory limit, shared by the ranks of the host.
+            40 % of the memory limit, shared by the ranks of the host as torchrun, Open MPI or Slurm
+            counts them (elsewhere set LOCAL_WORLD_SIZE, or this).
         check_copies: For debugging: compare every copy with the arrays as they were when the save
             began, at the price of reading them once more inside `save`.
         write_bytes_per_s: Most bytes per second that this rank writes, at least 1 MiB; None for no

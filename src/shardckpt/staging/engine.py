@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 from typing import TYPE_CHECKING, Final
 
 from shardckpt import native
@@ -24,6 +25,11 @@ _SHARE_OF_MEMORY: Final = 0.4
 # The disk has usually written this part of a large save before the last array is copied; memory for
 # it is taken where it has not. So a save takes no more of it than the state has.
 _PART_WRITTEN: Final = 0.025
+# Of torchrun, Open MPI, and Slurm ("8(x3),4": three hosts have 8 tasks, one has 4).
+_TOLD_BY_LAUNCHER: Final = (
+    "LOCAL_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_SIZE", "SLURM_STEP_TASKS_PER_NODE",
+)  # fmt: skip
+_TASKS: Final = re.compile(r"(?:^|,)(\d+)")
 _logger = logging.getLogger("shardckpt")
 
 
@@ -96,6 +102,9 @@ def _reserve(engine: Engine, nbytes: int, most_bytes: int) -> None:
 
 
 def _ranks_on_host() -> int:
-    # torchrun's word; without it each process counts as alone.
-    told = os.environ.get("LOCAL_WORLD_SIZE", "")
-    return max(1, int(told)) if told.isdigit() else 1
+    """Return how many ranks the launcher started on this host; 1 where it does not tell."""
+    for name in _TOLD_BY_LAUNCHER:
+        told = _TASKS.findall(os.environ.get(name, ""))
+        if told:
+            return max(1, *map(int, told))
+    return 1
