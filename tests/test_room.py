@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from typing import cast
+from typing import TYPE_CHECKING, cast
 
 import pytest
 
 from shardckpt import native
-from shardckpt.native import Engine
 from shardckpt.options import Staging
 from shardckpt.staging.engine import SLOT_BYTES, make_room
+
+if TYPE_CHECKING:
+    from shardckpt.native import Engine
 
 _GIB = 1 << 30
 

@@ -45,7 +45,6 @@ from shardckpt.policy import LEARNED
 from shardckpt.provenance import writer_name
 from shardckpt.retention import to_drop
 from shardckpt.save.commit import Described
-from shardckpt.save.handle import SaveHandle
 from shardckpt.save.saver import OnBusy, Saver
 from shardckpt.schedule import Schedule
 from shardckpt.staging.collector import no_garbage_collection
@@ -59,6 +58,7 @@ if TYPE_CHECKING:
     from shardckpt.format.root import Entry
     from shardckpt.load.between import Exchange
     from shardckpt.options import Auto, Every, Retention, Staging
+    from shardckpt.save.handle import SaveHandle
     from shardckpt.storage.base import Storage
 
 DEFAULT_TIMEOUT_S: Final = 600.0

@@ -25,7 +25,6 @@ from shardckpt.load.loader import load_options
 from shardckpt.options import Auto, Every, Retention, Staging
 from shardckpt.provenance import environment_facts
 from shardckpt.save.handle import SaveHandle
-from shardckpt.save.saver import OnBusy
 from shardckpt.storage.open import open_storage
 
 if TYPE_CHECKING:
@@ -35,6 +34,7 @@ if TYPE_CHECKING:
 
     from shardckpt.coord.base import Coord
     from shardckpt.load.maps import ModelMap
+    from shardckpt.save.saver import OnBusy
     from shardckpt.storage.base import Storage
 
 __all__ = ["Checkpointer", "Restored", "SaveHandle", "load"]

@@ -191,9 +191,7 @@ class Background:
             return
         # Another rank's structure is new. This rank has staged by the old plan; it may go on if its
         # part did not change.
-        plan = rank_plan(
-            self._planner.fetch_plan(answer.plan), planned.tree.leaves, job.round.rank
-        )
+        plan = rank_plan(self._planner.fetch_plan(answer.plan), planned.tree.leaves, job.round.rank)
         if plan != planned.plan:
             planned.is_stale = True
             raise SaveFailedError(

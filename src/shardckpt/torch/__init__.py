@@ -22,7 +22,6 @@ from shardckpt.load.together import Together
 from shardckpt.options import Auto, Every, Retention, Staging
 from shardckpt.provenance import environment_facts
 from shardckpt.save.handle import SaveHandle
-from shardckpt.save.saver import OnBusy
 from shardckpt.storage.open import open_storage
 from shardckpt.torch.backend import TorchBackend
 from shardckpt.torch.coord import default_coord
@@ -37,6 +36,7 @@ if TYPE_CHECKING:
 
     from shardckpt.coord.base import Coord
     from shardckpt.load.maps import ModelMap
+    from shardckpt.save.saver import OnBusy
     from shardckpt.storage.base import Storage
 
 __all__ = ["Checkpointer", "Restored", "RngState", "SaveHandle", "load"]
