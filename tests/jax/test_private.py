@@ -46,6 +46,12 @@ def test_an_array_says_how_its_memory_lies() -> None:
             layout = private.device_layout(jax.device_put(jnp.ones((2, 3)), form))
             assert tuple(layout.major_to_minor) == order
             assert not layout.tiling
+    mesh = jax.make_mesh((2,), ("x",), devices=jax.devices()[:2])
+    for order in ((0, 1), (1, 0)):
+        form = Format(Layout(order), NamedSharding(mesh, PartitionSpec("x")))
+        whole = jax.device_put(jnp.ones((2, 3)), form)
+        for array in (whole, *(shard.data for shard in whole.addressable_shards)):
+            assert tuple(private.device_layout(array).major_to_minor) == order
     data = jnp.arange(6.0)
     assert np.asarray(data).ctypes.data == data.unsafe_buffer_pointer()
 

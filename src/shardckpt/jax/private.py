@@ -32,7 +32,7 @@ def key_words(array: Any) -> jax.Array:
 
 
 def device_layout(array: Any) -> Any:
-    """Return how the elements of a single device's array lie in its memory; None where unknown."""
+    """Return how the elements of each part of an array lie in memory; None where unknown."""
     try:
         own = array._pjrt_layout
     except jax.errors.JaxRuntimeError:  # Not every runtime tells.

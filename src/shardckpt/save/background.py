@@ -96,7 +96,9 @@ class Background:
         self._before: Round | None = None
         self._agreement = Agreement(coord, catalog, writer)
         self._jobs: SimpleQueue[Job | None] = SimpleQueue()
-        self._thread = threading.Thread(target=self._serve, name="shardckpt-saver", daemon=True)
+        self._thread = threading.Thread(
+            target=self._serve, name="shardckpt-background", daemon=True
+        )
         self._thread.start()
 
     def submit(self, job: Job) -> None:
